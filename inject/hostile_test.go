@@ -1,0 +1,183 @@
+package inject
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+	"unicode/utf8"
+)
+
+// raw sends one request on conn and returns status and refusal code.
+func raw(t *testing.T, conn net.Conn, method, path, body string) (int, Code) {
+	t.Helper()
+	in := bufio.NewReader(conn)
+	go fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s", method, path, len(body), body)
+	response, err := http.ReadResponse(in, nil)
+	if err != nil {
+		t.Fatalf("%s %s: %v", method, path, err)
+	}
+	defer response.Body.Close()
+	answer, _ := io.ReadAll(response.Body)
+	var r Refusal
+	parse(answer, &r)
+	return response.StatusCode, r.Code
+}
+
+func TestHostileRequests(t *testing.T) {
+	i := newIssuer(t, 1)
+	const secret = "c2VjcmV0LXNlY3JldC1zZWNyZXQ"
+	for _, c := range []struct {
+		name, method, path, body string
+		status                   int
+		code                     Code
+	}{
+		{"empty", "POST", "/v1/challenge", "", 400, CodeMalformed},
+		{"unknown field", "POST", "/v1/challenge", `{"tier":"vm","subject":"","more":1}`, 400, CodeMalformed},
+		{"repeated field", "POST", "/v1/challenge", `{"tier":"vm","tier":"vm","subject":""}`, 400, CodeMalformed},
+		{"mis-cased field", "POST", "/v1/challenge", `{"Tier":"vm","subject":""}`, 400, CodeMalformed},
+		{"wrong type", "POST", "/v1/challenge", `{"tier":7,"subject":""}`, 400, CodeMalformed},
+		{"bad UTF-8", "POST", "/v1/challenge", "{\"tier\":\"vm\",\"subject\":\"\xff\"}", 400, CodeMalformed},
+		{"trailing octets", "POST", "/v1/challenge", `{"tier":"vm","subject":""}{}`, 400, CodeMalformed},
+		{"other tier", "POST", "/v1/challenge", `{"tier":"snp","subject":""}`, 403, CodeWrongTier},
+		{"no UUID", "POST", "/v1/challenge", `{"tier":"vm","subject":"../../etc"}`, 400, CodeMalformed},
+		{"secret in the wrong slot", "POST", "/v1/release", `{"nonce":"` + secret + `!"}`, 400, CodeMalformed},
+		{"release without a challenge", "POST", "/v1/release", `{}`, 400, CodeWrongIssuer},
+		{"ack without a release", "POST", "/v1/ack", `{"body":"","mac":""}`, 400, CodeMalformed},
+		{"64 KiB and one", "POST", "/v1/release", strings.Repeat(" ", MaxBody+1), 413, CodeTooLarge},
+		{"a route of another listener", "GET", "/v1/keys/db", "", 404, ""},
+		{"wrong method", "GET", "/v1/release", "", 405, ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			status, code := raw(t, i.connect(t), c.method, c.path, c.body)
+			if status != c.status || code != c.code {
+				t.Errorf("status %d, code %q; expected %d, %q", status, code, c.status, c.code)
+			}
+		})
+	}
+	if len(i.claims) != 0 {
+		t.Errorf("%d requests came as far as a decision", len(i.claims))
+	}
+}
+
+// A parse error never shows what it was given, which may be a key.
+func TestParseErrorsEchoNothing(t *testing.T) {
+	const secret = "SECRETsecretSECRET"
+	for _, text := range []string{
+		`{"` + secret + `":1}`, `{"tier":["` + secret + `"]}`, `{"tier":"vm" ` + secret, secret, `{"nonce":"` + secret + `%%"}`,
+		`{"want":[{"name":{"` + secret + `":1}}]}`,
+	} {
+		var r releaseRequest
+		if err := parse([]byte(text), &r); err == nil || strings.Contains(err.Error(), secret) {
+			t.Errorf("parse(%s): %v", text, err)
+		}
+	}
+}
+
+// A decision that panics is a refusal, and the next request is served.
+func TestPanicIsARefusal(t *testing.T) {
+	i := newIssuer(t, 1)
+	i.door.Decide = func(context.Context, *Claim) (*Grant, error) { panic("whatever a guest sends") }
+	s := newReceiver(t, i.Identity).on(t, i.connect(t))
+	ctx := testContext(t)
+	for range 2 {
+		c, err := s.Challenge(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Release(ctx, c, []Want{{Name: "disk"}}); !errors.Is(err, Refusal{Code: CodeInternal}) {
+			t.Fatalf("after a panic: %v, expected %s", err, CodeInternal)
+		}
+	}
+}
+
+// A refusal keeps its identity over the network, its cause stays behind, and what it shows cannot move a cursor.
+func TestRefusalTravels(t *testing.T) {
+	i := newIssuer(t, 1)
+	i.door.Decide = func(context.Context, *Claim) (*Grant, error) {
+		return nil, fmt.Errorf("deciding: %w", Refusal{Code: CodeNoPolicy, Reason: "no entry\x1b[2J", Next: "add one", Cause: errors.New("INTERNAL")})
+	}
+	s := newReceiver(t, i.Identity).on(t, i.connect(t))
+	ctx := testContext(t)
+	c, err := s.Challenge(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = s.Release(ctx, c, []Want{{Name: "disk"}})
+	if !errors.Is(err, ErrNoPolicy) || strings.Contains(err.Error(), "INTERNAL") || strings.ContainsRune(err.Error(), 0x1b) {
+		t.Errorf("got %q", err)
+	}
+}
+
+func TestCheckWant(t *testing.T) {
+	many := make([]Want, MaxWant+1)
+	for n := range many {
+		many[n].Name = fmt.Sprintf("k%03d", n)
+	}
+	for name, want := range map[string][]Want{
+		"none": nil, "too many": many, "unsorted": {{Name: "b"}, {Name: "a"}}, "twice": {{Name: "a"}, {Name: "a"}},
+		"no name": {{}}, "upper case": {{Name: "Disk"}}, "slash": {{Name: "a/b"}}, "long": {{Name: strings.Repeat("a", 64)}},
+	} {
+		if checkWant(want) == nil {
+			t.Errorf("%s: taken", name)
+		}
+	}
+	if err := checkWant(many[:MaxWant]); err != nil {
+		t.Errorf("%d keys: %v", MaxWant, err)
+	}
+}
+
+// Whatever parses as a release encodes to octets that parse to the same; an error leaves no claim.
+func FuzzRelease(f *testing.F) {
+	f.Add([]byte(`{"issuer":"AAAA","tier":"vm","kind":"none","subject":"x","nonce":"","pk":"","want":[{"name":"disk","epoch":0}],"evidence":""}`))
+	f.Add([]byte(`{"want":[{"name":"a"},{"name":"a"}]}`))
+	f.Add([]byte(`{"TIER":"vm"}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		var r releaseRequest
+		if err := parse(data, &r); err != nil {
+			if !utf8.ValidString(err.Error()) {
+				t.Fatal("an error that is not text")
+			}
+			return
+		}
+		again := marshal(r)
+		var second releaseRequest
+		if err := parse(again, &second); err != nil {
+			t.Fatalf("what was parsed does not parse again: %v", err)
+		}
+		if !bytes.Equal(marshal(second), again) {
+			t.Fatal("parsing is not stable")
+		}
+		if checkWant(r.Want) == nil {
+			for n := 1; n < len(r.Want); n++ {
+				if compareWant(r.Want[n-1], r.Want[n]) >= 0 {
+					t.Fatal("an unsorted or repeated want was taken")
+				}
+			}
+		}
+	})
+}
+
+// Whatever an issuer answers, a receiver says so in bounded printable text.
+func FuzzRefusal(f *testing.F) {
+	f.Add(403, []byte(`{"code":"no-policy","reason":"x"}`))
+	f.Add(500, []byte("\x1b[2J"))
+	f.Fuzz(func(t *testing.T, status int, body []byte) {
+		err := answerError(status, body)
+		if err == nil {
+			if status != http.StatusOK && status != http.StatusNoContent {
+				t.Fatal("a refusal taken for an answer")
+			}
+			return
+		}
+		if s := err.Error(); len(s) > 4096 || strings.ContainsFunc(s, func(r rune) bool { return r < ' ' }) {
+			t.Fatalf("shown: %q", s)
+		}
+	})
+}
