@@ -103,7 +103,7 @@ func startProcess(page *os.File, argv []string) (*Holder, error) {
 	}
 	cmd := &exec.Cmd{
 		Path:       argv[0],
-		Args:       argv,
+		Args:       append([]string{os.Args[0]}, argv[1:]...), // `ps` shows this program's name, not /proc/self/exe
 		Env:        []string{"GOMAXPROCS=1"},
 		Stderr:     os.Stderr,
 		ExtraFiles: []*os.File{page, theirs},

@@ -368,7 +368,9 @@ func TestHolderBusy(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if _, err := h.ServiceKey(context.Background(), 1, "a", 1, 32); !errors.Is(err, ErrHolderBusy) {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	if _, err := h.ServiceKey(ctx, 1, "a", 1, 32); !errors.Is(err, ErrHolderBusy) {
 		t.Errorf("one more: %v", err)
 	}
 	last := &call{ready: make(chan struct{}, 1)}

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -433,6 +434,30 @@ func TestStore(t *testing.T) {
 	defer lock(t, path).Close()
 	if f, err := seal.Load(path); err != nil || len(f.Slots()) != 2 {
 		t.Errorf("after Save: %v", err)
+	}
+}
+
+// The broker's user owns the file that root makes and changes for it.
+func TestOwner(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("to give a file away: run the tests as root")
+	}
+	path := filepath.Join(t.TempDir(), "realm.json")
+	o := create(t, "first passphrase")
+	l := lock(t, path)
+	defer l.Close()
+	if err := l.Create(o, &seal.Owner{UID: 65534, GID: 65534}); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Save(o); err != nil {
+		t.Fatal(err)
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if st := info.Sys().(*syscall.Stat_t); st.Uid != 65534 || st.Gid != 65534 || info.Mode() != 0o600 {
+		t.Errorf("uid %d, gid %d, mode %v", st.Uid, st.Gid, info.Mode())
 	}
 }
 

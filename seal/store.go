@@ -94,7 +94,7 @@ func (l *Locked) Create(o *Opened, owner *Owner) error {
 	if _, err := os.Lstat(l.path); err == nil {
 		return fmt.Errorf("%w: %s", ErrExists, l.path)
 	}
-	return l.write(o, owner, unix.RENAME_NOREPLACE)
+	return l.write(o, owner, linkNew)
 }
 
 // Save replaces the realm file, which keeps its owner. Until the last step the old file stands; after it the new one does, over a
@@ -108,10 +108,19 @@ func (l *Locked) Save(o *Opened) error {
 	if int(st.Uid) != os.Geteuid() || int(st.Gid) != os.Getegid() {
 		owner = &Owner{UID: int(st.Uid), GID: int(st.Gid)}
 	}
-	return l.write(o, owner, 0)
+	return l.write(o, owner, os.Rename)
 }
 
-func (l *Locked) write(o *Opened, owner *Owner, flags uint) (err error) {
+// linkNew gives a file its name if no other has it. Between the two steps a second name is left, which is harmless.
+func linkNew(from, to string) error {
+	if err := os.Link(from, to); err != nil {
+		return err
+	}
+	return os.Remove(from)
+}
+
+// write makes the new file beside the old one, and puts it in place.
+func (l *Locked) write(o *Opened, owner *Owner, place func(from, to string) error) (err error) {
 	octets, err := o.file.Encode()
 	if err != nil {
 		return err
@@ -125,28 +134,16 @@ func (l *Locked) write(o *Opened, owner *Owner, flags uint) (err error) {
 	if err != nil {
 		return fmt.Errorf("writing the realm file: %w", err)
 	}
-	if err = rename(temp, l.path, flags); err != nil {
+	if err = place(temp, l.path); err != nil {
 		os.Remove(temp)
 	}
 	switch {
 	case errors.Is(err, fs.ErrExist):
 		return fmt.Errorf("%w: %s", ErrExists, l.path)
 	case err != nil:
-		return fmt.Errorf("renaming the realm file: %w", err)
+		return fmt.Errorf("putting the realm file in place: %w", err)
 	}
 	return syncFolder(filepath.Dir(l.path))
-}
-
-// rename falls back to a link where the file system has no RENAME_NOREPLACE.
-func rename(from, to string, flags uint) error {
-	err := unix.Renameat2(unix.AT_FDCWD, from, unix.AT_FDCWD, to, flags)
-	if flags == 0 || !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOSYS) {
-		return err
-	}
-	if err := unix.Link(from, to); err != nil {
-		return err
-	}
-	return unix.Unlink(from)
 }
 
 // Temporary files are named ".realm.json.<random>.tmp".

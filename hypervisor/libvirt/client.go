@@ -168,12 +168,7 @@ func (c *Client) using(ctx context.Context, f func(*conn) error) error {
 	case <-ctx.Done():
 		return fmt.Errorf("%w: all connections are busy: %w", ErrNotAnswering, context.Cause(ctx))
 	}
-	defer func() {
-		if n != nil && !n.usable() {
-			n = nil
-		}
-		c.pool <- n
-	}()
+	defer func() { c.pool <- n }()
 	if n != nil && n.usable() {
 		err := f(n)
 		if err == nil || n.usable() || errors.Is(err, ErrNotAnswering) {

@@ -3,8 +3,10 @@ package libvirt
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"math/rand/v2"
+	"net"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -293,6 +295,7 @@ func TestGarbage(t *testing.T) {
 		"a call":                 func(c request) []byte { return words(headerLen, programRemote, 1, c.proc, 0, c.serial, 0) },
 		"no result":              func(c request) []byte { return whole(c) },
 		"half a result":          func(c request) []byte { return whole(c, 1) },
+		"an endless array":       func(c request) []byte { return whole(c, 0xffffffff, 0, 0, 0, 0, 0) },
 		"a huge string":          func(c request) []byte { return whole(c, 0x7fffffff, 0x7fffffff, 0x7fffffff) },
 		"an error without words": func(c request) []byte { return words(headerLen, programRemote, 1, c.proc, typeReply, c.serial, 1) },
 		"the reply twice":        func(c request) []byte { return bytes.Repeat(whole(c, 1, 0, 0), 3) },
@@ -306,12 +309,13 @@ func TestGarbage(t *testing.T) {
 				}
 				return c.proc == proc
 			}
-			c := s.client(Config{Timeout: impatient})
+			c := s.client(Config{Timeout: patient})
 			if d, err := c.Live(t.Context(), web1.uuid); err == nil {
 				t.Errorf("%s to procedure %d: taken for %+v", title, proc, d)
+			} else if errors.Is(err, ErrNotAnswering) { // it was noticed, not waited for
+				t.Errorf("%s to procedure %d: %v", title, proc, err)
 			}
 			s.set(func() { s.answer = nil })
-			c.cfg.Timeout = patient
 			if _, err := c.Live(t.Context(), web1.uuid); err != nil {
 				t.Errorf("%s to procedure %d, then sense: %v", title, proc, err)
 			}
@@ -343,28 +347,76 @@ func awaitGoroutines(t *testing.T, most int) {
 	}
 }
 
-// FuzzWire: of whatever comes in whatever pieces, what is passed on are whole packets of a sensible length but for the last.
-func FuzzWire(f *testing.F) {
-	f.Add(words(headerLen, programRemote, 1, 66, typeReply, 1, 0), 3)
-	f.Add(append(words(headerLen+4, programKeepalive, 1, 1, typeMessage, 0, 0), words(headerLen+4, programRemote, 1, 1, typeReply, 1, 0)...), 5)
-	f.Fuzz(func(t *testing.T, data []byte, piece int) {
-		if piece < 1 {
-			return
+// A domain that was started anew while it was looked up is not the one that was looked up.
+func TestLiveNoticesARestart(t *testing.T) {
+	web1 := domain(1, 42)
+	s := newServer(t, web1)
+	s.answer = func(_ *session, c request) bool {
+		if c.proc == procListAll {
+			s.set(func() { s.domains[0].id++ })
 		}
-		w, passed := newWire(nil), 0
-		for rest := data; len(rest) > 0; {
-			n := min(piece, len(rest))
-			if w.inspect(rest[:n]) != nil {
+		return false
+	}
+	if _, err := s.client(Config{}).Live(t.Context(), web1.uuid); !errors.Is(err, ErrNotRunning) {
+		t.Error(err)
+	}
+}
+
+// Nothing is kept of domains that have ended.
+func TestLiveForgets(t *testing.T) {
+	web1 := domain(1, 42)
+	s := newServer(t, web1)
+	c := s.client(Config{})
+	for i := range 20 {
+		s.set(func() { s.domains = []fakeDomain{web1, domain(i+2, uint32(i+100)), domain(i+50, uint32(i+200))} })
+		if _, err := c.Live(t.Context(), web1.uuid); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := len(c.addresses); n > 4 {
+		t.Errorf("%d addresses kept", n)
+	}
+}
+
+// FuzzWire: of whatever comes, what is passed on are whole sound packets from its beginning, and then one error for ever.
+func FuzzWire(f *testing.F) {
+	f.Add(words(headerLen+4, programRemote, 1, procAuthList, typeReply, 1, 0, 0))
+	f.Add(append(words(headerLen+4, programKeepalive, 1, 1, typeMessage, 0, 0, 7), words(headerLen, programRemote, 1, procOpen, typeReply, 1, 0)...))
+	f.Add(append(words(headerLen+32, programRemote, 1, procListAll, typeReply, 1, 0, 1, 0, 1, 2, 3, 4, 5, 1), words(headerLen+16, programRemote, 1, procXML, typeReply, 2, 1, 42, 10, 1, 0)...))
+	f.Add(words(0x30303030, programRemote, 1, procAuthList, typeReply, 1, 0, 0))
+	f.Add(append(words(headerLen, 7, 1, procOpen, typeReply, 1, 0), words(headerLen+4, programRemote, 1, procAuthList, typeReply, 1, 0, 0)...))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		here, there := net.Pipe()
+		go func() { _, _ = there.Write(data); there.Close() }()
+		w := newWire(here)
+		close(w.opened)
+		var passed []byte
+		for {
+			p := make([]byte, 1+len(passed)%50)
+			n, err := w.Read(p)
+			passed = append(passed, p[:n]...)
+			if err != nil {
 				break
 			}
-			passed, rest = passed+n, rest[n:]
 		}
-		for at := data[:passed]; len(at) >= headerLen; {
-			n := int(at[0])<<24 | int(at[1])<<16 | int(at[2])<<8 | int(at[3])
-			if n < headerLen || n > maxPacket {
-				t.Fatalf("a packet of %d octets is passed on", n)
+		if _, err := w.Read(make([]byte, 1)); err == nil || err != w.cause() {
+			t.Fatalf("after the end: %v, %v", err, w.cause())
+		}
+		if !bytes.HasPrefix(data, passed) {
+			t.Fatal("passed on what did not come")
+		}
+		for serial := int32(0); len(passed) > 0; {
+			n := int(passed[0])<<24 | int(passed[1])<<16 | int(passed[2])<<8 | int(passed[3])
+			if n < headerLen || n > len(passed) {
+				t.Fatalf("a packet of %d octets is passed on, %d have come", n, len(passed))
 			}
-			at = at[min(n, len(at)):]
+			if now := int32(binary.BigEndian.Uint32(passed[20:])); passed[19] == typeReply {
+				if now <= serial {
+					t.Fatalf("reply %d after %d", now, serial)
+				}
+				serial = now
+			}
+			passed = passed[n:]
 		}
 	})
 }

@@ -47,7 +47,10 @@ func nobodyThere(err error) bool {
 func (c *Client) openOn(ctx context.Context, raw net.Conn, path string) (*conn, error) {
 	w := newWire(raw)
 	n := &conn{rpc: golibvirt.NewWithDialer(dialers.NewAlreadyConnected(w)), wire: w, socket: path}
-	err := n.do(ctx, c.cfg.Timeout, func() error { return n.rpc.ConnectToURI(golibvirt.ConnectURI(c.cfg.URI)) })
+	err := n.do(ctx, c.cfg.Timeout, func() error {
+		defer close(w.opened)
+		return n.rpc.ConnectToURI(golibvirt.ConnectURI(c.cfg.URI))
+	})
 	if err != nil {
 		w.fail(err)
 		return nil, fmt.Errorf("opening %s on %s: %w", c.cfg.URI, path, withHint(err))

@@ -17,7 +17,6 @@ import (
 
 // Procedures of libvirt's remote protocol that the client uses.
 const (
-	procOpen       = 1
 	procXML        = 14
 	procLookup     = 24
 	procAuthList   = 66

@@ -46,16 +46,6 @@ func testDomain(number int, cid string) string {
 	return strings.Replace(xml, "<devices>", "<memory unit='MiB'>8</memory><os><type>hvm</type></os><devices><vsock model='virtio'>"+cid+"</vsock>", 1)
 }
 
-// awaitEvent drops events until one is such.
-func awaitEvent(t *testing.T, events <-chan Event, such func(Event) bool) Event {
-	t.Helper()
-	for {
-		if e := next(t, events); such(e) {
-			return e
-		}
-	}
-}
-
 func TestRealLibvirt(t *testing.T) {
 	admin, c := real(t)
 	events, _ := watching(t, c)

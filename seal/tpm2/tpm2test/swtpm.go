@@ -67,7 +67,7 @@ func (s *TPM) run() {
 		"--flags", "not-need-init,startup-clear")
 	s.cmd.ExtraFiles = []*os.File{f}
 	s.cmd.Stderr = &s.log
-	s.cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
+	s.cmd.SysProcAttr = diesWithTest()
 	if err := s.cmd.Start(); err != nil {
 		s.t.Fatalf("starting swtpm: %v", err)
 	}

@@ -1,0 +1,7 @@
+//go:build !linux
+
+package tpm2test
+
+import "syscall"
+
+func diesWithTest() *syscall.SysProcAttr { return nil }
