@@ -81,7 +81,7 @@ type Issuer struct {
 // Serve answers one receiver on conn until it is done or ctx ends, and closes conn. Everything from the peer is bounded in
 // size and time. A request that is under way when ctx ends is finished.
 func (i *Issuer) Serve(ctx context.Context, conn net.Conn, door Door) error {
-	s := &issuerSession{issuer: i, door: door}
+	s := &issuerSession{issuer: i, door: door, ending: ctx.Done()}
 	closed := make(chan struct{})
 	server := &http.Server{
 		Handler:           s.routes(),
@@ -139,6 +139,7 @@ func (l *oneConn) Addr() net.Addr { return l.conn.LocalAddr() }
 type issuerSession struct {
 	issuer *Issuer
 	door   Door
+	ending <-chan struct{} // no request waits beyond this
 
 	nonce   []byte // nil: none outstanding
 	nonceAt time.Time
@@ -351,6 +352,8 @@ func (s *issuerSession) events(w http.ResponseWriter, r *http.Request) {
 	case <-s.door.Hints:
 		writeJSON(w, http.StatusOK, Hint{Event: HintAskAgain})
 	case <-wait.C:
+		w.WriteHeader(http.StatusNoContent)
+	case <-s.ending:
 		w.WriteHeader(http.StatusNoContent)
 	case <-r.Context().Done():
 	}

@@ -228,10 +228,17 @@ func (d *Delivery) Wipe() {
 	}
 }
 
-// Wait waits for a hint that asking again may help, for a minute at most.
-func (s *Session) Wait(ctx context.Context) error {
-	_, err := s.do(ctx, http.MethodGet, "/v1/events", nil)
-	return err
+// Wait waits for a hint that asking again may help, for a minute at most, and reports whether one came.
+func (s *Session) Wait(ctx context.Context) (hinted bool, err error) {
+	body, err := s.do(ctx, http.MethodGet, "/v1/events", nil)
+	if err != nil || len(body) == 0 {
+		return false, err
+	}
+	var h Hint
+	if err := parse(body, &h); err != nil {
+		return false, fmt.Errorf("reading a hint: %w", err)
+	}
+	return h.Event == HintAskAgain, nil
 }
 
 func (s *Session) post(ctx context.Context, path string, body []byte) ([]byte, error) {
