@@ -1,0 +1,221 @@
+//go:build linux
+
+// Command keybroker-agent fetches a guest's keys from the broker on its host and puts each where its configuration says: it
+// opens LUKS2 volumes, fills kernel keyrings, and writes files in memory.
+//
+// Exit status: 0 when every key that must be there is in its sink, 1 when one is not, 2 for a wrong command line or
+// configuration.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"syscall"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+)
+
+const defaultConfig = "/etc/keybroker/agent.toml"
+
+const (
+	exitOK     = 0
+	exitFailed = 1
+	exitUsage  = 2
+)
+
+func main() {
+	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// options are the command line.
+type options struct {
+	config   string
+	stateDir string
+	once     bool
+	forget   bool
+	check    bool
+	version  bool
+}
+
+const usage = `usage: keybroker-agent [flags]
+
+Waits for the broker on vsock port 720 and puts the keys that it brings where the configuration says.
+The configuration is /etc/keybroker/agent.toml, or keybroker.tier=, keybroker.broker= and keybroker.key= on the
+kernel's command line.
+
+`
+
+func parseOptions(args []string, stderr io.Writer) (*options, error) {
+	o := &options{}
+	f := flag.NewFlagSet("keybroker-agent", flag.ContinueOnError)
+	f.SetOutput(stderr)
+	f.Usage = func() {
+		io.WriteString(stderr, usage)
+		f.PrintDefaults()
+	}
+	f.StringVar(&o.config, "config", "", "read the configuration from `FILE` and from nowhere else")
+	f.StringVar(&o.stateDir, "state-dir", defaultStateDir, "keep the receiver's key and what is done in `DIR`, on a tmpfs")
+	f.BoolVar(&o.once, "once", false, "exit when the keys are in their sinks, as in an initramfs")
+	f.BoolVar(&o.forget, "forget", false, "with -once: wipe the receiver's key then; nothing more can be fetched in this boot")
+	f.BoolVar(&o.check, "check", false, "check the configuration and exit")
+	f.BoolVar(&o.version, "version", false, "print the version and exit")
+	if err := f.Parse(args); err != nil {
+		return nil, err
+	}
+	if f.NArg() > 0 {
+		return nil, fmt.Errorf("argument %q: none is expected; -h shows the flags", f.Arg(0))
+	}
+	if o.forget && !o.once {
+		return nil, errors.New("-forget goes with -once only: an agent that stays needs its key")
+	}
+	return o, nil
+}
+
+func run(args []string, stdout, stderr io.Writer) int {
+	out := newConsole(stderr)
+	o, err := parseOptions(args, stderr)
+	if errors.Is(err, flag.ErrHelp) {
+		return exitOK
+	}
+	if err != nil {
+		out.say("error: %v", err)
+		return exitUsage
+	}
+	if o.version {
+		fmt.Fprintln(stdout, "keybroker-agent", version())
+		return exitOK
+	}
+	c, from, err := loadConfig(o.config, defaultConfig, "/proc/cmdline")
+	if err != nil {
+		out.say("error: reading the configuration: %v", err)
+		return exitUsage
+	}
+	if o.check {
+		fmt.Fprintf(stdout, "%s: ok: %d keys, %d pins\n", from, len(c.Keys), len(c.Pins))
+		return exitOK
+	}
+	harden(out)
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	if err := serve(ctx, c, o, out); err != nil {
+		out.say("error: %v", err)
+		if errors.Is(err, errDeadline) {
+			out.say("hint: on the host, `keybroker status` and `keybroker explain VM` say what the broker knows of this machine and what to do")
+		}
+		return exitFailed
+	}
+	return exitOK
+}
+
+// loadConfig reads the configuration from one place: the file that was named, or the default one, or the kernel's command
+// line. Two that could both be meant are an error.
+func loadConfig(named, fallback, cmdline string) (*config, string, error) {
+	path := named
+	if path == "" {
+		path = fallback
+	}
+	text, err := readBounded(path)
+	if named != "" || !errors.Is(err, os.ErrNotExist) {
+		if err != nil {
+			return nil, "", err
+		}
+		if named == "" && cmdlineSpeaks(cmdline) {
+			return nil, "", fmt.Errorf("both %s and the kernel's command line (keybroker.*) are there: remove one, or name the file with -config", path)
+		}
+		c, err := parseConfig(text)
+		if err != nil {
+			return nil, "", fmt.Errorf("%s: %w", path, err)
+		}
+		return c, path, nil
+	}
+	line, err := readBounded(cmdline)
+	if err != nil {
+		return nil, "", fmt.Errorf("there is no %s, and the kernel's command line cannot be read: %w", path, err)
+	}
+	c, err := parseCmdline(string(line))
+	if err != nil {
+		return nil, "", fmt.Errorf("the kernel's command line: %w", err)
+	}
+	if c == nil {
+		return nil, "", fmt.Errorf("there is no %s, and the kernel's command line has no keybroker.tier=", path)
+	}
+	return c, "the kernel's command line", nil
+}
+
+// cmdlineSpeaks says whether the kernel's command line has anything for this program, right or wrong.
+func cmdlineSpeaks(cmdline string) bool {
+	line, err := readBounded(cmdline)
+	if err != nil {
+		return false
+	}
+	c, err := parseCmdline(string(line))
+	return c != nil || err != nil
+}
+
+// serve is the agent's life after its configuration is known.
+func serve(ctx context.Context, c *config, o *options, out *console) error {
+	if err := awaitRandom(out); err != nil {
+		return err
+	}
+	boot, err := bootID()
+	if err != nil {
+		return err
+	}
+	s, err := openState(o.stateDir, boot)
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	key, made, err := s.receiverKey()
+	if err != nil {
+		return err
+	}
+	if !made {
+		out.say("continuing with this boot's receiver key")
+	}
+	if c.Subject == "" {
+		c.Subject = firmwareUUID()
+	}
+	a := newAgent(c, s, out, key)
+	a.once = o.once
+	a.notify = func(say string) { daemon.SdNotify(false, say) } // without a service manager there is nobody to tell
+	if err := a.listenAndRun(ctx); err != nil {
+		return err
+	}
+	if o.forget {
+		return s.forget()
+	}
+	return nil
+}
+
+func (a *agent) listenAndRun(ctx context.Context) error {
+	if err := a.resume(); err != nil {
+		return err
+	}
+	if a.once && len(a.missing()) == 0 {
+		return nil
+	}
+	a.sayWaiting()
+	l, err := listenVsock(a.untilDeadline(ctx), a.console)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go a.accept(ctx, l, fromHost)
+	return a.run(ctx)
+}
+
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok || info.Main.Version == "" {
+		return "(unknown)"
+	}
+	return info.Main.Version
+}
