@@ -1,0 +1,333 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/user"
+	"slices"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+
+	"keybroker/hypervisor"
+	"keybroker/inject"
+	"keybroker/internal/policy"
+	"keybroker/internal/store"
+)
+
+// Explanation is what `keybroker explain` shows: which rule would decide, and why. Nothing is released.
+type Explanation struct {
+	Allow bool     `json:"allow"`
+	Lines []string `json:"lines"`
+}
+
+// adminRoutes serve admin.sock. Its mode lets root and one group in; what changes something wants root, the broker's own
+// user, or an administrator that broker.toml names.
+func (b *Broker) adminRoutes() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) {
+		answerJSON(w, http.StatusOK, b.status())
+	})
+	mux.HandleFunc("GET /v1/explain", b.explain)
+	mux.Handle("GET /metrics", b.metrics.handler())
+	mux.HandleFunc("POST /v1/vm/{vm}/allow", b.change(b.allowVM))
+	mux.HandleFunc("POST /v1/vm/{vm}/deny", b.change(b.denyVM))
+	mux.HandleFunc("POST /v1/lock", b.change(func(*http.Request) error { b.checkpoint(); return b.realm.lock() }))
+	mux.HandleFunc("POST /v1/unlock", b.change(func(*http.Request) error { b.realm.tryAgain(); return nil }))
+	return mux
+}
+
+type peerKey struct{}
+
+// withPeer keeps the uid that the kernel gives for the other end of a Unix socket.
+func withPeer(ctx context.Context, c net.Conn) context.Context {
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		return ctx
+	}
+	raw, err := u.SyscallConn()
+	if err != nil {
+		return ctx
+	}
+	var cred *unix.Ucred
+	if raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }) != nil || err != nil {
+		return ctx
+	}
+	return context.WithValue(ctx, peerKey{}, *cred)
+}
+
+// change guards a route that changes something: the caller must be an administrator.
+func (b *Broker) change(f func(*http.Request) error) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		cred, ok := r.Context().Value(peerKey{}).(unix.Ucred)
+		if !ok || !b.administrator(cred.Uid) {
+			answerRefusal(w, inject.Refusal{Code: inject.CodeDenied, Reason: "only root and administrators change things", Next: "run it as root, or add the user to [admin] users in broker.toml"})
+			return
+		}
+		err := f(r)
+		b.log.Info("administration", "uid", cred.Uid, "request", r.Method+" "+r.URL.Path, "err", err)
+		if err != nil {
+			answerRefusal(w, adminRefusal(err))
+			return
+		}
+		w.WriteHeader(http.StatusNoContent)
+	}
+}
+
+// adminRefusal shows an administrator the cause itself.
+func adminRefusal(err error) inject.Refusal {
+	if r := (inject.Refusal{}); errors.As(err, &r) {
+		return r
+	}
+	return inject.Refusal{Code: inject.CodeInternal, Reason: err.Error()}
+}
+
+func answerRefusal(w http.ResponseWriter, r inject.Refusal) { answerJSON(w, r.Code.HTTPStatus(), r) }
+
+func (b *Broker) administrator(uid uint32) bool {
+	if uid == 0 || int(uid) == os.Geteuid() {
+		return true
+	}
+	own := strconv.FormatUint(uint64(uid), 10)
+	return slices.ContainsFunc(b.cfg.Admin.Users, func(name string) bool {
+		if name == own {
+			return true
+		}
+		u, err := user.Lookup(name)
+		return err == nil && u.Uid == own
+	})
+}
+
+// findVM takes a name or UUID of a domain that runs or was seen before.
+func (b *Broker) findVM(nameOrUUID string) (uuid string, err error) {
+	err = b.store.View(func(tx store.Tx) error {
+		return tx.ForEach(bucketVMs, func(key string, _ []byte) error {
+			var r vmRecord
+			if _, err := get(tx, bucketVMs, key, &r); err != nil {
+				return err
+			}
+			if key == nameOrUUID || r.Name == nameOrUUID {
+				uuid = key
+			}
+			return nil
+		})
+	})
+	for _, x := range b.guests.list() {
+		if x.domain.Name == nameOrUUID || x.domain.UUID == nameOrUUID {
+			uuid = x.domain.UUID
+		}
+	}
+	if entries := b.policy().Find(nameOrUUID); uuid == "" && len(entries) == 1 {
+		uuid = entries[0].UUID
+	}
+	if err == nil && uuid == "" {
+		err = inject.Refusal{Code: inject.CodeUnknownPeer, Reason: fmt.Sprintf("no VM %.64q with keybroker's metadata was seen", nameOrUUID), Next: "`keybroker vm list` shows them"}
+	}
+	return uuid, err
+}
+
+// allowVM ends a denial and gives the running boot a ticket by hand.
+func (b *Broker) allowVM(r *http.Request) error {
+	uuid, err := b.findVM(r.PathValue("vm"))
+	if err != nil {
+		return err
+	}
+	record, err := b.changeVM(uuid, func(_ store.Tx, v *vmRecord) (bool, error) {
+		denied := v.Denied
+		v.Denied = false
+		changed, err := v.Ticket.Allow()
+		if errors.Is(err, hypervisor.ErrNotRunning) && denied {
+			return true, nil // the denial ends; the next boot has its ticket
+		}
+		return changed || denied, err
+	})
+	if errors.Is(err, hypervisor.ErrNotRunning) {
+		return inject.Refusal{Code: inject.CodeNoTicket, Reason: "this VM is not running; its next boot has a ticket"}
+	}
+	if err != nil {
+		return err
+	}
+	b.recordTicket(uuid, "allowed by hand", record.Ticket)
+	if x := b.guests.get(uuid); x != nil {
+		x.restart(false)
+	}
+	return nil
+}
+
+func (b *Broker) denyVM(r *http.Request) error {
+	uuid, err := b.findVM(r.PathValue("vm"))
+	if err != nil {
+		return err
+	}
+	record, err := b.changeVM(uuid, func(_ store.Tx, v *vmRecord) (bool, error) {
+		v.Denied = true
+		v.Ticket.Revoke()
+		return true, nil
+	})
+	if err == nil {
+		b.recordTicket(uuid, "denied by hand", record.Ticket)
+	}
+	return err
+}
+
+// explain says what would be decided, without deciding it.
+func (b *Broker) explain(w http.ResponseWriter, r *http.Request) {
+	q := r.URL.Query()
+	of := q.Get("of")
+	if q.Has("uid") || q.Has("unit") {
+		answerJSON(w, http.StatusOK, b.explainService(of, q.Get("uid"), q.Get("unit")))
+		return
+	}
+	if uuid, err := b.findVM(of); err == nil {
+		answerJSON(w, http.StatusOK, b.explainVM(uuid))
+		return
+	}
+	answerJSON(w, http.StatusOK, b.explainService(of, "", ""))
+}
+
+func (b *Broker) explainService(name, uid, unit string) Explanation {
+	claims := policy.Claims{Via: policy.ViaUnix, Unit: unit, MatchUnit: func(path string) bool { return path == unit }}
+	n, err := strconv.ParseUint(uid, 10, 32)
+	if err != nil {
+		n = uint64(^uint32(0)) // nobody's
+	}
+	claims.UID = uint32(n)
+	d := b.policy().Service(name, claims)
+	e := Explanation{Allow: d.Allow, Lines: []string{decisionLine("service "+name, d)}}
+	for _, t := range b.policy().ExplainService(name, claims) {
+		e.Lines = append(e.Lines, "  "+t.String())
+	}
+	return e
+}
+
+func decisionLine(what string, d policy.Decision) string {
+	if d.Allow {
+		return what + ": allowed by " + d.Rule
+	}
+	return fmt.Sprintf("%s: refused, %s: %s", what, d.Code, d.Reason)
+}
+
+func (b *Broker) explainVM(uuid string) Explanation {
+	claims := policy.VMClaims{UUID: uuid, Tier: inject.TierVM, Host: b.host}
+	x := b.guests.get(uuid)
+	if x != nil {
+		claims.Name = x.domain.Name
+	} else if entries := b.policy().Find(uuid); len(entries) == 1 {
+		claims.Name = entries[0].Name
+	}
+	entry, d := b.policy().VM(claims)
+	e := Explanation{Allow: d.Allow, Lines: []string{decisionLine("VM "+uuid, d)}}
+	for _, t := range b.policy().ExplainVM(claims) {
+		e.Lines = append(e.Lines, "  "+t.String())
+	}
+	if entry != nil {
+		e.Lines = append(e.Lines, fmt.Sprintf("  keys %v of subject %s", entry.KeyNames(), entry.Subject))
+	}
+	r, err := b.vm(uuid)
+	switch {
+	case err != nil:
+		e.Lines = append(e.Lines, "  its state cannot be read: "+err.Error())
+	case r.Denied:
+		e.Allow = false
+		e.Lines = append(e.Lines, "  denied by an administrator; `keybroker vm allow` ends that")
+	default:
+		e.Lines = append(e.Lines, fmt.Sprintf("  ticket of boot %v: %v", r.Ticket.Boot, r.Ticket))
+	}
+	if x == nil {
+		e.Lines = append(e.Lines, "  it does not run, or libvirt has not said so")
+	}
+	return e
+}
+
+// status gathers what `keybroker status` shows.
+func (b *Broker) status() Status {
+	s := Status{
+		Version: b.version, PID: os.Getpid(), Started: b.since, Realm: b.realmStatus(), Hypervisor: b.hv.status(),
+		VMs: b.vmStatus(), Warnings: []string{}, Counters: b.services.counters(),
+	}
+	p := b.rules.Load()
+	s.Policy = PolicyStatus{Digest: p.Digest(), Loaded: p.at, Services: len(p.Services()), VMs: len(p.VMs()), Rejected: p.rejected}
+	s.Audit = b.auditStatus()
+	s.Warnings = append(s.Warnings, b.warnings(s)...)
+	return s
+}
+
+// warnings is what an administrator should mend.
+func (b *Broker) warnings(s Status) []string {
+	var w []string
+	if s.Policy.Rejected != "" {
+		w = append(w, "the policy on disk is wrong, an older one is in force: "+s.Policy.Rejected)
+	}
+	if s.Realm.HolderIn == "memfd" {
+		w = append(w, "the keyholder's page is ordinary locked memory: this kernel has no memfd_secret (Linux 6.5 or secretmem.enable=1)")
+	}
+	if s.Realm.State == realmOpen && len(s.Realm.Slots) == 1 && s.Realm.Slots[0].Kind == "tpm2" {
+		w = append(w, "the realm has one slot, bound to this machine's TPM: `keybroker slot add passphrase`, or it dies with this mainboard")
+	}
+	if s.Realm.Trouble != "" {
+		w = append(w, "the realm file: "+s.Realm.Trouble)
+	}
+	if s.Audit.Trouble != "" {
+		w = append(w, "audit: "+s.Audit.Trouble)
+	}
+	return w
+}
+
+// vmStatus lists the running domains that have our metadata, by name.
+func (b *Broker) vmStatus() []VMStatus {
+	all := []VMStatus{}
+	for _, x := range b.guests.list() {
+		all = append(all, x.status())
+	}
+	slices.SortFunc(all, func(a, b VMStatus) int {
+		return compareText(a.Name, b.Name, a.UUID, b.UUID)
+	})
+	return all
+}
+
+func compareText(pairs ...string) int {
+	for n := 0; n+1 < len(pairs); n += 2 {
+		if pairs[n] != pairs[n+1] {
+			if pairs[n] < pairs[n+1] {
+				return -1
+			}
+			return 1
+		}
+	}
+	return 0
+}
+
+func (x *guest) status() VMStatus {
+	x.mu.Lock()
+	v := VMStatus{
+		UUID: x.domain.UUID, Name: x.domain.Name, Tier: inject.TierVM, CID: x.domain.CID, PID: x.process.PID,
+		State: x.state, Keys: x.keys, Changed: x.changed, Sinks: []string{},
+	}
+	if x.refused != nil {
+		v.Code, v.Why = string(x.refused.Code), x.refused.Reason
+		if x.refused.Next != "" {
+			v.Why = x.refused.Next
+		}
+	}
+	x.mu.Unlock()
+	if v.Keys == nil {
+		v.Keys = []string{}
+	}
+	r, err := x.b.vm(v.UUID)
+	if err != nil {
+		v.Why = "its state cannot be read: " + err.Error()
+		return v
+	}
+	v.Ticket, v.Presumed, v.Releases, v.LastRelease, v.Denied = r.Ticket.String(), r.Ticket.Presumed, r.Releases, r.LastRelease, r.Denied
+	if v.State == VMReleased {
+		v.Sinks = append(v.Sinks, r.Sinks...)
+	}
+	if entries := x.b.policy().Find(v.UUID); len(entries) == 1 && entries[0].Subject != v.UUID {
+		v.Subject = entries[0].Subject
+	}
+	return v
+}

@@ -1,0 +1,275 @@
+// Package daemon is the running broker: it opens the realm, listens on every door, and decides, records and delivers.
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+
+	"keybroker/hypervisor/libvirt"
+	"keybroker/inject"
+	"keybroker/internal/audit"
+	"keybroker/internal/config"
+	"keybroker/internal/policy"
+	"keybroker/internal/store"
+	"keybroker/seal"
+)
+
+const (
+	// drainTime is how long requests that are in flight at the end may take.
+	drainTime = 10 * time.Second
+)
+
+// Config is what a broker is made of. Every field is required.
+type Config struct {
+	Settings *config.Config
+	Paths    config.Paths
+	Policy   policy.Source
+	Version  string
+	Log      *slog.Logger
+	// Describe says in a few words what a keyslot is bound to.
+	Describe func(seal.Slot) string
+	// Reload tells to read the policy anew; SIGHUP, usually.
+	Reload <-chan os.Signal
+}
+
+// Broker is one running broker.
+type Broker struct {
+	cfg     *config.Config
+	paths   config.Paths
+	source  policy.Source
+	version string
+	log     *slog.Logger
+	host    string
+	since   time.Time
+
+	rules    atomic.Pointer[loadedPolicy]
+	file     *seal.File
+	describe func(seal.Slot) string
+	store    *store.Store
+	audit    *audit.Log
+	folder   *audit.Folder
+
+	syncAlways bool // a service's key waits until its record is on disk
+	realm      *realm
+	guests     *guests
+	libvirt    *libvirt.Client
+	hv         hypervisorState
+	metrics    *metrics
+	services   *services
+	dial       func(ctx context.Context, cid, port uint32) (net.Conn, error)
+
+	running context.Context // ends when the broker stops
+}
+
+// Run is a broker's whole life. It returns nil after ctx ended and everything in flight was answered.
+func Run(ctx context.Context, c Config) error {
+	from := takePassed()
+	b, l, err := open(c, from)
+	if err != nil {
+		return err
+	}
+	defer b.close()
+	return b.serve(ctx, l, from, c.Reload)
+}
+
+// open makes a broker that does not run yet, and its listeners.
+func open(c Config, from passed) (*Broker, *listeners, error) {
+	host, err := os.Hostname()
+	if err != nil {
+		return nil, nil, fmt.Errorf("asking for this host's name: %w", err)
+	}
+	b := &Broker{
+		cfg: c.Settings, paths: c.Paths, source: c.Policy, version: c.Version, log: c.Log, host: host,
+		describe: c.Describe, since: time.Now(), dial: dialGuest,
+	}
+	if err := b.loadPolicy(); err != nil {
+		return nil, nil, err
+	}
+	if err := makeStateDir(c.Paths); err != nil {
+		return nil, nil, err
+	}
+	if b.file, err = loadRealm(c.Paths.Realm); err != nil {
+		return nil, nil, err
+	}
+	if b.store, err = store.Open(c.Paths.Store); err != nil {
+		return nil, nil, err
+	}
+	l, err := listen(c.Settings.Listen, c.Paths, from, c.Log)
+	if err != nil {
+		b.store.Close()
+		return nil, nil, err
+	}
+	b.realm = newRealm(c.Settings, c.Paths.Realm, l.unlock, c.Log)
+	if err := b.openAudit(b.file.RealmID().String()); err != nil {
+		l.close()
+		b.store.Close()
+		return nil, nil, err
+	}
+	b.realm.events = b.recordEvent
+	b.realm.opened = func() {
+		b.checkpoint()
+		b.wakeGuests()
+	}
+	b.guests = newGuests(b)
+	b.metrics = newMetrics(func() float64 {
+		if _, err := b.realm.current(); err != nil {
+			return 0
+		}
+		return 1
+	})
+	if b.services, err = newServices(b); err != nil {
+		return nil, nil, err
+	}
+	if err := b.services.callers.CheckTCP(); err != nil {
+		c.Log.Warn("services on TCP will be refused; the Unix socket works", "err", err)
+	}
+	if b.libvirt, err = libvirt.New(libvirt.Config{Sockets: c.Settings.Libvirt}); err != nil {
+		return nil, nil, err
+	}
+	return b, l, nil
+}
+
+func loadRealm(path string) (*seal.File, error) {
+	f, err := seal.Load(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("there is no realm yet: `keybroker init --slot tpm2` makes %s", path)
+	}
+	return f, err
+}
+
+func makeStateDir(p config.Paths) error {
+	for _, dir := range []string{p.StateDir, p.AuditDir} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return fmt.Errorf("making the state folder: %w", err)
+		}
+	}
+	return nil
+}
+
+func (b *Broker) close() {
+	b.folder.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), closeTime)
+	defer cancel()
+	if err := b.audit.Close(ctx); err != nil {
+		b.log.Error("closing the audit log", "err", err)
+	}
+	b.realm.close()
+	if err := b.store.Close(); err != nil {
+		b.log.Error("closing the store", "err", err)
+	}
+}
+
+// serve runs everything until ctx ends or something that the broker cannot do without fails.
+func (b *Broker) serve(ctx context.Context, l *listeners, from passed, reload <-chan os.Signal) error {
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	b.running = ctx
+	if err := b.recordEvent(audit.EventStart, b.version); err != nil {
+		l.close()
+		return fmt.Errorf("writing the audit: %w", err)
+	}
+	var parts sync.WaitGroup
+	servers := b.servers(l)
+	for _, s := range servers {
+		parts.Go(func() { s.run(fail) })
+	}
+	parts.Go(func() {
+		if err := b.realm.run(ctx, from.first(fdPage), func() { notify(daemon.SdNotifyReady) }); err != nil {
+			fail(err)
+		}
+	})
+	parts.Go(func() { b.watchHypervisor(ctx) })
+	parts.Go(func() { b.reloadOn(ctx, reload) })
+	parts.Go(func() { watchdog(ctx, b.healthy) })
+
+	<-ctx.Done()
+	notify(daemon.SdNotifyStopping)
+	b.guests.endAll()
+	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTime)
+	defer cancel()
+	for _, s := range servers {
+		s.stop(drain)
+	}
+	parts.Wait()
+	if err := b.recordEvent(audit.EventStop, ""); err != nil {
+		b.log.Error("writing the audit", "err", err)
+	}
+	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
+		return cause
+	}
+	return nil
+}
+
+func (p passed) first(name string) *os.File {
+	if files := p[name]; len(files) > 0 {
+		return files[0]
+	}
+	return nil
+}
+
+// server is one http.Server and the listeners that it serves.
+type server struct {
+	http      *http.Server
+	listeners []net.Listener
+}
+
+func (b *Broker) servers(l *listeners) []*server {
+	var unixServer, tcpServer = b.services.server(policy.ViaUnix), b.services.server(policy.ViaTCP)
+	return []*server{
+		{unixServer, l.unix},
+		{tcpServer, l.tcp},
+		{b.local(b.hookRoutes()), []net.Listener{l.hook}},
+		{b.local(b.adminRoutes()), []net.Listener{l.admin}},
+	}
+}
+
+// local is a server for the sockets that only this host's administrators reach.
+func (b *Broker) local(h http.Handler) *http.Server {
+	return &http.Server{
+		Handler: h, ReadTimeout: 10 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 8 << 10,
+		ConnContext: withPeer, ErrorLog: slog.NewLogLogger(b.log.Handler(), slog.LevelDebug),
+	}
+}
+
+func (s *server) run(fail context.CancelCauseFunc) {
+	var parts sync.WaitGroup
+	for _, l := range s.listeners {
+		parts.Go(func() {
+			if err := s.http.Serve(l); err != nil && !errors.Is(err, http.ErrServerClosed) {
+				fail(fmt.Errorf("serving %s: %w", l.Addr(), err))
+			}
+		})
+	}
+	parts.Wait()
+}
+
+func (s *server) stop(ctx context.Context) {
+	if s.http.Shutdown(ctx) != nil {
+		s.http.Close()
+	}
+}
+
+// issuer serves the release protocol in the realm's name; while the realm is not open it has no identity, and says so.
+func (b *Broker) issuer() (*inject.Issuer, error) {
+	h, err := b.realm.current()
+	if err != nil {
+		return nil, err
+	}
+	return &inject.Issuer{Identity: h.Identity(), Sign: b.realm.sign, Log: b.log}, nil
+}
+
+// healthy is asked by the watchdog: the store answers.
+func (b *Broker) healthy() bool {
+	return b.store.View(func(store.Tx) error { return nil }) == nil
+}

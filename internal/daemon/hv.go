@@ -1,0 +1,145 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"sync"
+
+	"keybroker/hypervisor"
+	"keybroker/hypervisor/libvirt"
+)
+
+// hypervisorState is what status shows of the connection to libvirt.
+type hypervisorState struct {
+	mu     sync.Mutex
+	socket string // "" while there is no connection
+	why    string
+}
+
+func (h *hypervisorState) set(socket, why string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.socket, h.why = socket, why
+}
+
+func (h *hypervisorState) status() LibvirtStatus {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return LibvirtStatus{Connected: h.socket != "", Socket: h.socket, Why: h.why}
+}
+
+// watchHypervisor follows libvirt's events until ctx ends. Hooks say what starts; events say what resets and ends, and the
+// list after each connection says what was missed.
+func (b *Broker) watchHypervisor(ctx context.Context) {
+	if len(b.cfg.Libvirt) == 0 {
+		b.hv.set("", "libvirt = [] in broker.toml: this host has no VMs")
+		return
+	}
+	b.hv.set("", "connecting")
+	if err := b.libvirt.Watch(ctx, b.hypervisorEvent); err != nil && !errors.Is(err, context.Canceled) {
+		b.log.Error("following libvirt", "err", err)
+	}
+}
+
+func (b *Broker) hypervisorEvent(e libvirt.Event) {
+	b.log.Debug("libvirt", "kind", e.Kind, "vm", e.Name, "change", e.Change, "origin", e.Origin)
+	switch e.Kind {
+	case libvirt.Connected:
+		b.hv.set(e.Socket, "")
+		b.log.Info("connected to libvirt", "socket", e.Socket, "running", len(e.Domains))
+		b.reconcile(e.Domains)
+	case libvirt.Disconnected:
+		b.hv.set("", e.Err.Error())
+		b.log.Warn("libvirt is gone; VMs get no key until it is back", "err", e.Err)
+	case libvirt.Reboot:
+		b.reset(e.UUID)
+	case libvirt.Lifecycle:
+		b.lifecycle(e)
+	}
+}
+
+// reset is the guest's own reboot: no hook is called, and the event may come twice.
+func (b *Broker) reset(uuid string) {
+	x := b.guests.get(uuid)
+	if x == nil {
+		return
+	}
+	if b.ticket(uuid, "reset", (*hypervisor.Ticket).Reset) {
+		x.restart(true)
+	}
+}
+
+// lifecycle takes libvirt's own word on starts and ends, which confirms the hook's or stands in for it.
+func (b *Broker) lifecycle(e libvirt.Event) {
+	x := b.guests.get(e.UUID)
+	switch {
+	case e.Change == libvirt.Started && x == nil:
+		b.missed(e)
+	case e.Change == libvirt.Started:
+		b.ticket(e.UUID, "started", func(t *hypervisor.Ticket) bool { return t.Observed(e.Origin) })
+		x.restart(false) // who asked while libvirt was not done with the start may ask again
+	case e.Change == libvirt.Stopped && x != nil && !x.process.Alive():
+		boot := x.boot()
+		b.ticket(e.UUID, "stopped", func(t *hypervisor.Ticket) bool { return t.Gone(boot) })
+		b.guests.end(e.UUID, x)
+	}
+}
+
+// missed takes in a domain whose hook did not reach this broker. Asking libvirt about it here is free: no hook runs now.
+func (b *Broker) missed(e libvirt.Event) {
+	ctx, cancel := context.WithTimeout(b.running, liveTimeout)
+	defer cancel()
+	d, err := b.libvirt.Live(ctx, e.UUID)
+	if err != nil {
+		b.log.Warn("a VM started that cannot be looked up", "vm", e.Name, "err", err)
+		return
+	}
+	b.takeIn(d, e.Origin)
+}
+
+// reconcile compares libvirt's list with what the broker knows. Whatever ran during the gap may have reset unseen.
+func (b *Broker) reconcile(running []hypervisor.Domain) {
+	known := map[string]bool{}
+	for _, d := range running {
+		known[d.UUID] = true
+		if d.Problem != "" {
+			b.log.Warn("a VM whose definition cannot be read gets no key", "vm", d.Name, "problem", d.Problem)
+			continue
+		}
+		b.takeIn(d, hypervisor.OriginUnknown)
+	}
+	for _, x := range b.guests.list() {
+		if !known[x.domain.UUID] && !x.process.Alive() {
+			b.guests.end(x.domain.UUID, x)
+		}
+	}
+	b.endMissing(known)
+}
+
+// takeIn begins with a running domain that has our metadata, as one whose events may have been missed.
+func (b *Broker) takeIn(d hypervisor.Domain, origin hypervisor.Origin) {
+	if !d.Metadata {
+		return
+	}
+	err := b.begin(d, "gap in events", func(t *hypervisor.Ticket, boot hypervisor.Boot, seen hypervisor.Origin, gap hypervisor.AfterGap) bool {
+		if origin != hypervisor.OriginUnknown {
+			seen = origin
+		}
+		return t.Gap(boot, seen, gap)
+	})
+	if err != nil {
+		b.log.Warn("a running VM gets no key", "vm", d.Name, "err", err)
+	}
+}
+
+// endMissing takes the tickets of domains that ended while nobody watched.
+func (b *Broker) endMissing(running map[string]bool) {
+	for _, uuid := range b.ticketed() {
+		if !running[uuid] && b.guests.get(uuid) == nil {
+			b.ticket(uuid, "not running", (*hypervisor.Ticket).Stopped)
+		}
+	}
+}
+
+// errNoVsock is why a running domain is never dialled.
+var errNoVsock = errors.New("it has no vsock device: add <vsock model='virtio'><cid auto='yes'/></vsock> to its <devices>")

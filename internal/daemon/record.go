@@ -1,0 +1,118 @@
+package daemon
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"time"
+
+	"keybroker/hypervisor"
+	"keybroker/inject"
+	"keybroker/internal/audit"
+	"keybroker/internal/store"
+)
+
+// closeTime bounds the last checkpoint at the broker's end.
+const closeTime = 5 * time.Second
+
+// openAudit continues the audit log. While the realm is not open the log has no checkpoints; everything else is recorded.
+func (b *Broker) openAudit(realm string) (err error) {
+	a := b.cfg.Audit
+	b.syncAlways = a.Sync == 0
+	b.audit, err = audit.Open(audit.Config{
+		Dir: b.paths.AuditDir, Realm: realm,
+		Sign: func(ctx context.Context, fields ...[]byte) ([]byte, error) {
+			return b.realm.sign(ctx, audit.Label, fields...)
+		},
+		LoadHead:  func() (audit.Head, error) { return LoadHead(b.store) },
+		SaveHead:  func(h audit.Head) error { return SaveHead(b.store, h) },
+		SyncEvery: a.Sync, Reserve: a.Reserve, MaxFile: a.MaxFile, Logger: b.log,
+	})
+	if err == nil {
+		b.folder = audit.NewFolder(audit.FolderConfig{Append: b.audit.Append})
+	}
+	return err
+}
+
+// LoadHead returns the audit log's head as the store keeps it; the zero head when there is none yet.
+func LoadHead(s *store.Store) (h audit.Head, err error) {
+	var octets []byte
+	err = s.View(func(tx store.Tx) error {
+		octets, err = tx.Get(audit.HeadBucket, audit.HeadKey)
+		return err
+	})
+	if errors.Is(err, store.ErrNotFound) {
+		return audit.Head{}, nil
+	}
+	if err != nil {
+		return audit.Head{}, err
+	}
+	return audit.ParseHead(string(octets))
+}
+
+// SaveHead keeps the audit log's head in the store, on disk when it returns.
+func SaveHead(s *store.Store, h audit.Head) error {
+	return s.Update(func(tx store.Tx) error { return tx.Put(audit.HeadBucket, audit.HeadKey, []byte(h.String())) })
+}
+
+// recordEvent writes what the broker itself did.
+func (b *Broker) recordEvent(event audit.Event, detail string) error {
+	_, err := b.audit.Append(audit.Record{Event: event, Reason: detail, Policy: b.policy().Digest()}, audit.Written)
+	return err
+}
+
+// recordTicket writes that a boot's right to keys changed, and why.
+func (b *Broker) recordTicket(uuid, cause string, t hypervisor.Ticket) {
+	r := audit.Record{Event: audit.EventTicket, Tier: inject.TierVM, Subject: uuid, Instance: t.Boot.String(), Reason: cause + ": " + t.String()}
+	if _, err := b.audit.Append(r, audit.Written); err != nil {
+		b.log.Error("writing the audit", "err", err)
+	}
+}
+
+// refused counts a refusal and records it; repeated ones of one peer are folded into one record.
+func (b *Broker) refused(tier, peer string, r audit.Record) {
+	b.metrics.refused(tier, inject.Code(r.Code))
+	if err := b.folder.Refuse(peer, r); err != nil {
+		b.log.Error("writing the audit", "err", err)
+	}
+}
+
+// hookRecord is the record of a start that is refused.
+func (b *Broker) hookRecord(e hypervisor.HookEvent, r inject.Refusal) audit.Record {
+	return audit.Record{
+		Event: audit.EventRefusal, Decision: audit.Refused, Code: string(r.Code), Reason: r.Reason, Rule: r.Rule,
+		Tier: inject.TierVM, Subject: e.UUID, Names: e.Offered, Policy: b.policy().Digest(),
+	}
+}
+
+func evidenceDigest(evidence []byte) string {
+	if len(evidence) == 0 {
+		return ""
+	}
+	d := sha256.Sum256(evidence)
+	return hex.EncodeToString(d[:])
+}
+
+// checkpoint signs the log so far: what was written while the realm was locked, and what came before it is.
+func (b *Broker) checkpoint() {
+	ctx, cancel := context.WithTimeout(context.Background(), closeTime)
+	defer cancel()
+	if err := b.audit.Checkpoint(ctx); err != nil {
+		b.log.Warn("the audit log has no checkpoint here", "err", err)
+	}
+}
+
+func (b *Broker) auditStatus() AuditStatus {
+	s := b.audit.Stats()
+	a := AuditStatus{Seq: s.Head.Seq, Hash: s.Head.Hash.String(), Dropped: s.Dropped}
+	switch {
+	case s.Err != nil:
+		a.Trouble = s.Err.Error()
+	case s.Low:
+		a.Trouble = "the disk is full: refusals are not recorded, releases use the reserve"
+	case s.SaveError != nil:
+		a.Trouble = "its head is not kept in the store: " + s.SaveError.Error()
+	}
+	return a
+}

@@ -1,0 +1,69 @@
+package daemon
+
+import (
+	"context"
+	"os"
+	"time"
+
+	"keybroker/internal/audit"
+	"keybroker/internal/policy"
+)
+
+// loadedPolicy is the policy in force, and what became of the last attempt to read a newer one.
+type loadedPolicy struct {
+	*policy.Policy
+	at       time.Time
+	rejected string
+}
+
+func (b *Broker) policy() *policy.Policy { return b.rules.Load().Policy }
+
+// loadPolicy reads the policy for the first time; a wrong one keeps the broker from starting.
+func (b *Broker) loadPolicy() error {
+	p, err := policy.Load(b.source)
+	if err != nil {
+		return err
+	}
+	b.rules.Store(&loadedPolicy{Policy: p, at: time.Now()})
+	return nil
+}
+
+func (b *Broker) reloadOn(ctx context.Context, signals <-chan os.Signal) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-signals:
+			b.reload()
+		}
+	}
+}
+
+// reload reads the policy anew, says what changed, and wakes the guests that may now have something to ask for. A wrong
+// policy changes nothing.
+func (b *Broker) reload() {
+	old := b.rules.Load()
+	p, err := policy.Load(b.source)
+	if err != nil {
+		b.log.Error("the new policy is wrong; the old one stays in force", "err", err)
+		b.rules.Store(&loadedPolicy{Policy: old.Policy, at: old.at, rejected: err.Error()})
+		return
+	}
+	changes := policy.Diff(old.Policy, p)
+	b.rules.Store(&loadedPolicy{Policy: p, at: time.Now()})
+	for _, line := range changes {
+		b.log.Info("policy", "change", line)
+	}
+	b.log.Info("policy read", "digest", p.Digest(), "changes", len(changes))
+	if err := b.recordEvent(audit.EventPolicy, p.Digest()); err != nil {
+		b.log.Error("writing the audit", "err", err)
+	}
+	b.wakeGuests()
+}
+
+// wakeGuests lets every guest ask again: what refused it may have changed.
+func (b *Broker) wakeGuests() {
+	for _, x := range b.guests.list() {
+		x.restart(false)
+	}
+}
