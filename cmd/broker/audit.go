@@ -1,0 +1,437 @@
+package main
+
+import (
+	"context"
+	"crypto/ed25519"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+	"unicode"
+
+	"github.com/spf13/cobra"
+
+	"keybroker/inject"
+	"keybroker/internal/audit"
+	"keybroker/internal/config"
+	"keybroker/internal/store"
+)
+
+// tableRows is how many records `audit query` shows when nobody says.
+const tableRows = 100
+
+func newAuditCommand(g *globals) *cobra.Command {
+	c := &cobra.Command{
+		Use:   "audit",
+		Short: "Verify and search the record of what was released and refused",
+		Args:  usageArgs(cobra.NoArgs),
+		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	c.AddCommand(newAuditVerifyCommand(g), newAuditQueryCommand(g), newAuditResetCommand(g))
+	return c
+}
+
+// verifyFlags are the flags of `audit verify`.
+type verifyFlags struct {
+	heads      []string
+	identities []string
+	dir        string
+}
+
+func newAuditVerifyCommand(g *globals) *cobra.Command {
+	var f verifyFlags
+	c := &cobra.Command{
+		Use:   "verify",
+		Short: "Check the audit log for edits, removals, recomputed chains and a cut tail",
+		Long: `Check every record of the audit log. Exit status 0: it is whole; 1: it is broken, with each place and what was expected and found.
+
+The chain shows an edit, an insertion and a removal. With --identity, signed checkpoints show a chain that was computed anew. A tail
+that was cut off shows against a head: the one in the broker's store, which is read when no broker holds the store, and each --head
+that was noted elsewhere ("keybroker status" prints it). Whoever has the realm and may write to this host can make a whole
+new log; only a head that was kept elsewhere shows that. Neither the realm nor a running broker is needed.`,
+		Args: usageArgs(cobra.NoArgs),
+		RunE: func(*cobra.Command, []string) error { return g.verifyAudit(f) },
+	}
+	c.Flags().StringArrayVar(&f.heads, "head", nil, "a head that was noted earlier, `SEQ:HASH`; may be repeated")
+	c.Flags().StringArrayVar(&f.identities, "identity", nil, "the realm's public key, `ed25519:...`, as \"keybroker identity\" prints it; may be repeated")
+	c.Flags().StringVar(&f.dir, "dir", "", "the log's folder, or a copy of it; the store is then not read (default: this broker's `DIR`)")
+	return c
+}
+
+func (g *globals) verifyAudit(f verifyFlags) error {
+	opts, err := f.options()
+	if err != nil {
+		return err
+	}
+	p, err := g.paths()
+	if err != nil {
+		return err
+	}
+	dir, stored := f.dir, "not read: --dir names a log by itself"
+	if dir == "" {
+		dir = p.AuditDir
+		stored = addStoredHead(p, &opts)
+	}
+	report, err := audit.Verify(dir, opts)
+	if err != nil {
+		return auditHint(err)
+	}
+	printReport(g.stdout, dir, stored, f.identities, report)
+	if !report.OK() {
+		return hintedError{fmt.Errorf("%w in %s", audit.ErrBroken, several(len(report.Breaks)+report.MoreBreaks, "place")),
+			"keep a copy of the folder; `keybroker audit reset` sets the log aside and begins a new one"}
+	}
+	return nil
+}
+
+func (f *verifyFlags) options() (opts audit.VerifyOptions, err error) {
+	for _, text := range f.heads {
+		h, err := audit.ParseHead(text)
+		if err != nil {
+			return opts, usageError{fmt.Errorf("--head: %w", err)}
+		}
+		opts.Heads = append(opts.Heads, h)
+	}
+	for _, text := range f.identities {
+		p, err := inject.ParsePin(text)
+		if err != nil {
+			return opts, usageError{fmt.Errorf("--identity: %w", err)}
+		}
+		opts.PublicKeys = append(opts.PublicKeys, ed25519.PublicKey(p[:]))
+	}
+	return opts, nil
+}
+
+// addStoredHead adds the store's head to what the log is compared with, and says what came of it.
+func addStoredHead(p config.Paths, opts *audit.VerifyOptions) string {
+	h, err := storedHead(p.Store)
+	switch {
+	case errors.Is(err, store.ErrHeld):
+		return "not read: a broker holds the store; \"keybroker status\" shows its head"
+	case errors.Is(err, fs.ErrNotExist):
+		return "none: there is no store"
+	case errors.Is(err, store.ErrNotFound):
+		return "none in the store"
+	case err != nil:
+		return "not read: " + err.Error()
+	}
+	opts.Heads = append(opts.Heads, h)
+	return h.String()
+}
+
+func storedHead(path string) (audit.Head, error) {
+	s, err := store.OpenReadOnly(path)
+	if err != nil {
+		return audit.Head{}, err
+	}
+	defer s.Close()
+	return loadHead(s)
+}
+
+func loadHead(s *store.Store) (audit.Head, error) {
+	var text []byte
+	err := s.View(func(tx store.Tx) (err error) {
+		text, err = tx.Get(audit.HeadBucket, audit.HeadKey)
+		return err
+	})
+	if err != nil {
+		return audit.Head{}, err
+	}
+	return audit.ParseHead(string(text))
+}
+
+func printReport(w io.Writer, dir, stored string, identities []string, r *audit.Report) {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	defer t.Flush()
+	line := func(name, format string, args ...any) {
+		fmt.Fprintf(t, "%s\t%s\n", name, printableText(fmt.Sprintf(format, args...)))
+	}
+	line("log", "%s: %s in %s", dir, several(r.Records, "record"), several(r.Files, "file"))
+	if r.Records > 0 {
+		line("first", "record %d, %s, %s", r.First.Seq, r.First.Time.Format(time.RFC3339), r.First.File)
+		line("last", "record %d, %s, %s", r.Last.Seq, r.Last.Time.Format(time.RFC3339), r.Last.File)
+		line("head", "%s", r.Head)
+	}
+	line("stored head", "%s", stored)
+	switch {
+	case r.Signed.Seq == 0:
+		line("checkpoints", "%d, none of which fits", r.Checkpoints)
+	case len(identities) > 0:
+		line("checkpoints", "%d, the newest signs all up to record %d, %s", r.Checkpoints, r.Signed.Seq, r.SignedAt.Format(time.RFC3339))
+	default:
+		line("checkpoints", "%d, the newest is over all up to record %d; signatures not checked", r.Checkpoints, r.Signed.Seq)
+	}
+	for _, n := range r.Notes {
+		line("note", "%s", n)
+	}
+	for _, b := range r.Breaks {
+		line("BROKEN", "%s", b.Error())
+	}
+	if r.MoreBreaks > 0 {
+		line("BROKEN", "and %s more", several(r.MoreBreaks, "place"))
+	}
+	if r.OK() {
+		line("result", "ok")
+	} else {
+		line("result", "broken")
+	}
+}
+
+// several counts things: 1 file, 2 files.
+func several[T int | uint64](n T, thing string) string {
+	if n != 1 {
+		thing += "s"
+	}
+	return fmt.Sprintf("%d %s", n, thing)
+}
+
+// printableText replaces what could steer a terminal: texts in the log may come from a peer.
+func printableText(s string) string {
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return unicode.ReplacementChar
+		}
+		return r
+	}, s)
+}
+
+// auditHint adds what a user can do about an error of the log's files.
+func auditHint(err error) error {
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		return hintedError{err, "run it as root"}
+	case errors.Is(err, fs.ErrNotExist):
+		return hintedError{err, "no broker has run here; --dir and --state-dir name another place"}
+	case errors.Is(err, audit.ErrHeld), errors.Is(err, store.ErrHeld):
+		return hintedError{err, "`systemctl stop keybroker` first"}
+	}
+	return err
+}
+
+// queryFlags are the flags of `audit query`.
+type queryFlags struct {
+	since, until string
+	event        string
+	filter       audit.Filter
+	dir          string
+	json         bool
+}
+
+func newAuditQueryCommand(g *globals) *cobra.Command {
+	var f queryFlags
+	c := &cobra.Command{
+		Use:   "query",
+		Short: "Search the audit log",
+		Long: `Show the records of the audit log that meet every condition given, oldest first: as a table, or with --json as the lines of the
+log, octet by octet. A time is RFC 3339 (2026-11-21T12:00:00Z), a date in UTC (2026-11-21), or how long ago it is (90m, 36h).`,
+		Args: usageArgs(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return g.queryAudit(f, cmd.Flags().Changed("limit"))
+		},
+	}
+	c.Flags().StringVar(&f.since, "since", "", "from this `TIME` on")
+	c.Flags().StringVar(&f.until, "until", "", "before this `TIME`")
+	c.Flags().StringVar(&f.filter.Subject, "subject", "", "this service, or VM's `UUID`")
+	c.Flags().StringVar(&f.filter.Tier, "tier", "", "this `TIER`")
+	c.Flags().StringVar(&f.event, "event", "", "this `EVENT`: release, refusal, ack, ticket, start, stop, ...")
+	c.Flags().StringVar(&f.filter.Code, "code", "", "refusals with this `CODE`")
+	c.Flags().IntVar(&f.filter.Limit, "limit", tableRows, "the newest `N` of them; 0 is all (default with --json)")
+	c.Flags().StringVar(&f.dir, "dir", "", "the log's folder, or a copy of it (default: this broker's `DIR`)")
+	c.Flags().BoolVar(&f.json, "json", false, "print the log's lines")
+	return c
+}
+
+func (g *globals) queryAudit(f queryFlags, limited bool) (err error) {
+	now := time.Now()
+	if f.filter.Since, err = parseTime(f.since, now); err != nil {
+		return usageError{fmt.Errorf("--since: %w", err)}
+	}
+	if f.filter.Until, err = parseTime(f.until, now); err != nil {
+		return usageError{fmt.Errorf("--until: %w", err)}
+	}
+	if f.filter.Limit < 0 || f.filter.Limit > audit.MaxLimit {
+		return usageError{fmt.Errorf("--limit: expected 0 to %d, got %d", audit.MaxLimit, f.filter.Limit)}
+	}
+	f.filter.Event = audit.Event(f.event)
+	if f.json && !limited {
+		f.filter.Limit = 0
+	}
+	if f.dir == "" {
+		p, err := g.paths()
+		if err != nil {
+			return err
+		}
+		f.dir = p.AuditDir
+	}
+	if f.json {
+		return auditHint(audit.Query(f.dir, f.filter, func(_ *audit.Record, line []byte) error {
+			_, err := fmt.Fprintf(g.stdout, "%s\n", line)
+			return err
+		}))
+	}
+	t := recordTable{out: tabwriter.NewWriter(g.stdout, 0, 0, 2, ' ', 0)}
+	return auditHint(errors.Join(audit.Query(f.dir, f.filter, t.row), t.out.Flush()))
+}
+
+// parseTime reads a point in time; nothing is the zero time.
+func parseTime(text string, now time.Time) (time.Time, error) {
+	if text == "" {
+		return time.Time{}, nil
+	}
+	if ago, err := time.ParseDuration(text); err == nil && ago >= 0 {
+		return now.Add(-ago), nil
+	}
+	for _, layout := range []string{time.RFC3339Nano, time.DateOnly} {
+		if t, err := time.Parse(layout, text); err == nil {
+			return t, nil
+		}
+	}
+	return time.Time{}, fmt.Errorf("expected a time like 2026-11-21T12:00:00Z, a date, or how long ago like 90m, got %q", text)
+}
+
+// recordTable prints records as rows. It is flushed now and then, so that a whole log need not fit into memory.
+type recordTable struct {
+	out  *tabwriter.Writer
+	rows int
+}
+
+func (t *recordTable) row(r *audit.Record, _ []byte) error {
+	if t.rows%1000 == 0 {
+		if err := t.out.Flush(); err != nil {
+			return err
+		}
+		fmt.Fprintln(t.out, "SEQ\tTIME\tEVENT\tTIER\tSUBJECT\tKEYS\tWHO\tCODE\tWHY")
+	}
+	t.rows++
+	code := r.Code
+	if r.Count > 0 {
+		code = strings.TrimSpace(fmt.Sprintf("%s x%d", code, r.Count))
+	}
+	cells := []string{strconv.FormatUint(r.Seq, 10), r.Time.Format("2006-01-02T15:04:05.000Z"), string(r.Event), r.Tier, r.Subject,
+		keysOf(r), whoOf(r), code, whyOf(r)}
+	for i, c := range cells {
+		cells[i] = printableText(c)
+	}
+	_, err := fmt.Fprintln(t.out, strings.TrimRight(strings.Join(cells, "\t"), "\t"))
+	return err
+}
+
+func keysOf(r *audit.Record) string {
+	keys := make([]string, len(r.Names))
+	for i, n := range r.Names {
+		if keys[i] = n; i < len(r.Epochs) && r.Epochs[i] > 1 {
+			keys[i] += fmt.Sprintf("@%d", r.Epochs[i])
+		}
+	}
+	return strings.Join(keys, ",")
+}
+
+func whoOf(r *audit.Record) string {
+	if r.Caller == nil {
+		return r.Peer
+	}
+	return strings.TrimSpace(fmt.Sprintf("uid %d %s", r.Caller.UID, r.Caller.Unit))
+}
+
+func whyOf(r *audit.Record) string {
+	switch {
+	case r.Reason != "":
+		return r.Reason
+	case r.Checkpoint != nil:
+		return fmt.Sprintf("signs all up to record %d", r.Checkpoint.Seq)
+	}
+	return r.Rule
+}
+
+func newAuditResetCommand(g *globals) *cobra.Command {
+	var reason string
+	c := &cobra.Command{
+		Use:   "reset --reason TEXT",
+		Short: "Set a broken audit log aside and begin a new one",
+		Long: `Set a broken audit log aside, so that the broker can start again: its files move into a folder beside them, which stays as evidence,
+and a new log begins with a record of this. The broker must not run. A log that is whole is not reset.`,
+		Args: usageArgs(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if strings.TrimSpace(reason) == "" {
+				return usageError{errors.New("--reason: expected why the log is reset; it is recorded")}
+			}
+			return g.resetAudit(cmd.Context(), reason)
+		},
+	}
+	c.Flags().StringVar(&reason, "reason", "", "why, for the new log's first record: `TEXT`")
+	return c
+}
+
+func (g *globals) resetAudit(ctx context.Context, reason string) error {
+	file, p, err := g.loadRealm()
+	if err != nil {
+		return err
+	}
+	s, err := store.Open(p.Store)
+	if err != nil {
+		return auditHint(err)
+	}
+	defer s.Close()
+	head, report, err := examineAudit(s, p.AuditDir)
+	if err != nil {
+		return err
+	}
+	aside, err := audit.SetAside(p.AuditDir, time.Now())
+	if err != nil {
+		return auditHint(fmt.Errorf("setting the audit log aside: %w", err))
+	}
+	if err := s.Update(func(tx store.Tx) error { return tx.Delete(audit.HeadBucket, audit.HeadKey) }); err != nil {
+		return err
+	}
+	what := fmt.Sprintf("%s; set aside in %q: %s, broken in %s, stored head %s", reason, aside, several(report.Records, "record"),
+		several(len(report.Breaks)+report.MoreBreaks, "place"), head)
+	if err := beginAudit(ctx, s, p, file.RealmID().String(), what); err != nil {
+		return err
+	}
+	g.warn("the audit log was reset; the one before is in %s", aside)
+	return nil
+}
+
+// examineAudit returns the stored head and what is broken, which must be something.
+func examineAudit(s *store.Store, dir string) (audit.Head, *audit.Report, error) {
+	var opts audit.VerifyOptions
+	head, err := loadHead(s)
+	if err == nil {
+		opts.Heads = []audit.Head{head}
+	}
+	report, err := audit.Verify(dir, opts)
+	if errors.Is(err, fs.ErrNotExist) && head.Seq > 0 { // the folder is gone: all of it is cut off
+		return head, &audit.Report{Breaks: make([]audit.Break, 1)}, nil
+	}
+	if err != nil {
+		return head, nil, auditHint(err)
+	}
+	if report.OK() {
+		return head, nil, hintedError{errors.New("the audit log is whole: nothing to reset"),
+			"old files may be moved away as they are, all but the newest; the rest still verifies"}
+	}
+	return head, report, nil
+}
+
+// beginAudit writes a new log's first record. The broker signs it at its next checkpoint.
+func beginAudit(ctx context.Context, s *store.Store, p config.Paths, realm, reason string) error {
+	l, err := audit.Open(audit.Config{
+		Dir: p.AuditDir, Realm: realm,
+		Sign: func(context.Context, ...[]byte) ([]byte, error) {
+			return nil, errors.New("this command does not open the realm")
+		},
+		LoadHead: func() (audit.Head, error) { return audit.Head{}, nil },
+		SaveHead: func(h audit.Head) error {
+			return s.Update(func(tx store.Tx) error { return tx.Put(audit.HeadBucket, audit.HeadKey, []byte(h.String())) })
+		},
+	})
+	if err != nil {
+		return err
+	}
+	_, err = l.Append(audit.Record{Event: audit.EventReset, Reason: reason}, audit.Durable)
+	return errors.Join(err, l.Close(ctx))
+}

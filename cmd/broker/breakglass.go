@@ -1,0 +1,134 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"keybroker/derive"
+	"keybroker/internal/audit"
+	"keybroker/internal/daemon"
+	"keybroker/internal/store"
+)
+
+// deriveFlags are those of `key derive`.
+type deriveFlags struct {
+	open   openFlags
+	form   keyForm
+	vm     string
+	epoch  uint32
+	length int
+}
+
+func newKeyDeriveCommand(g *globals) *cobra.Command {
+	var f deriveFlags
+	c := &cobra.Command{
+		Use:   "derive NAME",
+		Short: "Derive a key without the broker (break-glass)",
+		Long: `Open the realm in this process and derive the key of a service, or with --vm of a virtual machine, past policy and
+tickets. It is for recovery: the broker must be stopped, it says loudly what it does, and it is in the audit log.`,
+		Args: usageArgs(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := f.form.check(g.stdout); err != nil {
+				return usageError{err}
+			}
+			if err := f.check(args[0]); err != nil {
+				return usageError{err}
+			}
+			return g.breakGlass(cmd.Context(), args[0], &f)
+		},
+	}
+	f.open.add(c)
+	f.form.flags(c)
+	c.Flags().StringVar(&f.vm, "vm", "", "`UUID` of the virtual machine (the subject) whose key NAME is")
+	c.Flags().Uint32Var(&f.epoch, "epoch", 1, "which `EPOCH` of the key")
+	c.Flags().IntVar(&f.length, "length", 32, "`OCTETS` of the key, 32 or 64")
+	return c
+}
+
+func (f *deriveFlags) check(name string) error {
+	if err := errors.Join(derive.CheckServiceName(name), derive.CheckKeyLength(f.length)); err != nil {
+		return err
+	}
+	if f.vm == "" {
+		return nil
+	}
+	return derive.CheckSubject(f.vm)
+}
+
+// breakGlass derives one key: no record, no key, here too.
+func (g *globals) breakGlass(ctx context.Context, name string, f *deriveFlags) error {
+	g.warn("break-glass: deriving a key past policy and tickets; this is recorded in the audit log")
+	realm, err := g.openRealm(ctx, &f.open)
+	if err != nil {
+		return err
+	}
+	defer realm.Close()
+	schedule, err := scheduleOf(realm.Masters()[0])
+	if err != nil {
+		return err
+	}
+	defer schedule.Wipe()
+	if err := g.recordBreakGlass(schedule, name, f); err != nil {
+		return hintedError{fmt.Errorf("no record, no key: %w", err), "stop the broker first (`systemctl stop keybroker.service keybroker.socket`), or ask it: `keybroker key get`"}
+	}
+	octets, wipe, err := f.derive(schedule, name)
+	if err != nil {
+		return err
+	}
+	defer wipe()
+	return f.form.write(g.stdout, octets)
+}
+
+func (f *deriveFlags) derive(s *derive.Schedule, name string) ([]byte, func(), error) {
+	if f.vm == "" {
+		k, err := s.ServiceKey(name, f.epoch, f.length)
+		if err != nil {
+			return nil, nil, err
+		}
+		octets, err := k.Octets()
+		return octets, k.Wipe, err
+	}
+	k, err := s.VMKey(derive.VMKeyID{Tier: "vm", Subject: f.vm, Name: name, Epoch: f.epoch, Length: f.length})
+	if err != nil {
+		return nil, nil, err
+	}
+	octets, err := k.Octets()
+	return octets, k.Wipe, err
+}
+
+// recordBreakGlass writes the audit record, on disk when it returns. It fails while a broker has the log.
+func (g *globals) recordBreakGlass(s *derive.Schedule, name string, f *deriveFlags) error {
+	paths, err := g.paths()
+	if err != nil {
+		return err
+	}
+	state, err := store.Open(paths.Store)
+	if err != nil {
+		return err
+	}
+	defer state.Close()
+	log, err := audit.Open(audit.Config{
+		Dir: paths.AuditDir, Realm: s.RealmID().String(), Logger: slog.New(slog.DiscardHandler), Reserve: -1,
+		Sign:     func(_ context.Context, fields ...[]byte) ([]byte, error) { return s.Sign(audit.Label, fields...) },
+		LoadHead: func() (audit.Head, error) { return daemon.LoadHead(state) },
+		SaveHead: func(h audit.Head) error { return daemon.SaveHead(state, h) },
+	})
+	if err != nil {
+		return err
+	}
+	defer log.Close(context.Background())
+	r := audit.Record{
+		Event: audit.EventBreakGlass, Decision: audit.Granted, Tier: "service", Subject: name, Names: []string{name}, Epochs: []uint32{f.epoch},
+		Caller: &audit.Caller{UID: uint32(os.Getuid()), PID: int32(os.Getpid())},
+	}
+	if f.vm != "" {
+		r.Tier, r.Subject = "vm", f.vm
+	}
+	_, err = log.Append(r, audit.Durable)
+	return err
+}

@@ -1,0 +1,140 @@
+// Command keybroker gives every service and virtual machine on a hypervisor host its own encryption key when it starts.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"keybroker/internal/config"
+)
+
+// Exit statuses of keybroker; they are documented and stay.
+const (
+	exitOK      = 0
+	exitFailure = 1
+	exitUsage   = 2
+)
+
+// globals are the flags that every command takes, and the streams that it writes to.
+type globals struct {
+	config   string // --config: broker.toml
+	policy   string // --policy: policy.toml
+	stateDir string // --state-dir: everything, sockets and audit included, is below it
+	stdin    io.Reader
+	stdout   io.Writer
+	stderr   io.Writer
+}
+
+// paths says where this broker's files and sockets are.
+func (g *globals) paths() (config.Paths, error) {
+	p := config.DefaultPaths()
+	if g.stateDir != "" {
+		var err error
+		if p, err = config.PathsUnder(g.stateDir); err != nil {
+			return config.Paths{}, err
+		}
+	}
+	if g.config != "" {
+		p = p.WithConfigFile(g.config)
+	}
+	if g.policy != "" {
+		p = p.WithPolicyFile(g.policy)
+	}
+	return p, nil
+}
+
+// load reads broker.toml. A file that --config names must exist.
+func (g *globals) load() (*config.Config, config.Paths, error) {
+	p, err := g.paths()
+	if err != nil {
+		return nil, p, err
+	}
+	c, err := config.Load(g.config, p)
+	return c, p, err
+}
+
+// warn and hint write one line each for the person at the terminal.
+func (g *globals) warn(format string, args ...any) {
+	fmt.Fprintf(g.stderr, "keybroker: warning: "+format+"\n", args...)
+}
+
+func (g *globals) hint(format string, args ...any) {
+	fmt.Fprintf(g.stderr, "keybroker: hint: "+format+"\n", args...)
+}
+
+// usageError marks a mistake in the command line; it exits with status 2.
+type usageError struct{ error }
+
+// hintedError carries what the user can do about an error.
+type hintedError struct {
+	error
+	hint string
+}
+
+func (e hintedError) Unwrap() error { return e.error }
+
+// errSilent ends a command with status 1 when its output has already said why.
+var errSilent = errors.New("failed")
+
+func main() {
+	g := &globals{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr}
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	status := run(ctx, g, os.Args[1:])
+	stop()
+	os.Exit(status)
+}
+
+// run executes one command line and returns its exit status.
+func run(ctx context.Context, g *globals, args []string) int {
+	root := newRootCommand(g)
+	root.SetArgs(args)
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return exitOK
+	}
+	if !errors.Is(err, errSilent) {
+		fmt.Fprintf(g.stderr, "keybroker: error: %v\n", err)
+	}
+	if h := (hintedError{}); errors.As(err, &h) {
+		g.hint("%s", h.hint)
+	}
+	if errors.As(err, &usageError{}) {
+		return exitUsage
+	}
+	return exitFailure
+}
+
+func newRootCommand(g *globals) *cobra.Command {
+	root := &cobra.Command{
+		Use:           "keybroker",
+		Short:         "Give every service and virtual machine on this host its own encryption key, and nobody else's",
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return usageError{fmt.Errorf("unknown command %q; `keybroker help` lists the commands", args[0])}
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	root.SetIn(g.stdin)
+	root.SetOut(g.stdout)
+	root.SetErr(g.stderr)
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return usageError{fmt.Errorf("%w; see `%s --help`", err, cmd.CommandPath())}
+	})
+	flags := root.PersistentFlags()
+	flags.StringVar(&g.config, "config", "", "configuration `FILE` (default /etc/keybroker/broker.toml)")
+	flags.StringVar(&g.policy, "policy", "", "policy `FILE` (default /etc/keybroker/policy.toml, with policy.d beside it)")
+	flags.StringVar(&g.stateDir, "state-dir", "", "keep everything, sockets and audit included, below `DIR`")
+	root.AddCommand(commands(g)...)
+	return root
+}

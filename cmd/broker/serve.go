@@ -1,0 +1,108 @@
+package main
+
+import (
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"os/signal"
+	"runtime/debug"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"keybroker/internal/config"
+	"keybroker/internal/daemon"
+	"keybroker/internal/policy"
+	"keybroker/seal"
+)
+
+func newServeCommand(g *globals) *cobra.Command {
+	var listen []string
+	var format, level string
+	c := &cobra.Command{
+		Use:   "serve",
+		Short: "Run the broker",
+		Long: `Run the broker until SIGTERM. SIGHUP reads the policy anew and keeps the old one if the new one is wrong.
+Under systemd it takes its sockets from socket units, reports readiness, and feeds the watchdog.
+With --state-dir it runs beside the system's own broker, as an ordinary user.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, paths, err := g.load()
+			if err != nil {
+				return err
+			}
+			if cmd.Flags().Changed("listen") {
+				if cfg.Listen, err = parseListen(listen); err != nil {
+					return usageError{err}
+				}
+			}
+			log, err := logger(g, cfg, format, level)
+			if err != nil {
+				return usageError{err}
+			}
+			harden(log)
+			reload := make(chan os.Signal, 1)
+			signal.Notify(reload, unix.SIGHUP)
+			return daemon.Run(cmd.Context(), daemon.Config{
+				Settings: cfg, Paths: paths, Version: version(), Log: log, Reload: reload,
+				Describe: func(s seal.Slot) string { return describe(s.Kind, s.Params) },
+				Policy:   policy.Source{File: paths.PolicyFile, Dir: paths.PolicyDir, Required: g.policy != ""},
+			})
+		},
+	}
+	c.Flags().StringArrayVar(&listen, "listen", nil, "loopback `ADDR:PORT` for services; repeat for more (default 127.0.0.1:7209 and [::1]:7209)")
+	c.Flags().StringVar(&format, "log-format", "", "text or json (default text)")
+	c.Flags().StringVar(&level, "log-level", "", "debug, info, warn or error (default info)")
+	return c
+}
+
+func parseListen(addresses []string) ([]netip.AddrPort, error) {
+	var all []netip.AddrPort
+	for _, s := range addresses {
+		a, err := config.ParseListen(s)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, a)
+	}
+	return all, nil
+}
+
+// logger writes to stderr; under systemd that is the journal, which adds the time itself.
+func logger(g *globals, cfg *config.Config, format, level string) (*slog.Logger, error) {
+	options := &slog.HandlerOptions{Level: cfg.Log.Level}
+	if level != "" {
+		var l slog.Level
+		if err := l.UnmarshalText([]byte(level)); err != nil {
+			return nil, fmt.Errorf("--log-level %q: expected debug, info, warn or error", level)
+		}
+		options.Level = l
+	}
+	switch {
+	case format == "json", format == "" && cfg.Log.JSON:
+		return slog.New(slog.NewJSONHandler(g.stderr, options)), nil
+	case format != "" && format != "text":
+		return nil, fmt.Errorf("--log-format %q: expected text or json", format)
+	}
+	if os.Getenv("JOURNAL_STREAM") != "" {
+		options.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
+			if len(groups) == 0 && a.Key == slog.TimeKey {
+				return slog.Attr{}
+			}
+			return a
+		}
+	}
+	return slog.New(slog.NewTextHandler(g.stderr, options)), nil
+}
+
+// harden keeps keys that pass through out of core dumps and away from other processes of this user.
+func harden(log *slog.Logger) {
+	debug.SetTraceback("none")
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
+		log.Warn("core dumps are not off", "err", err)
+	}
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		log.Warn("other processes of this user may read this one's memory", "err", err)
+	}
+}

@@ -1,0 +1,254 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+	"github.com/spf13/cobra"
+
+	"keybroker/internal/daemon"
+)
+
+func newStatusCommand(g *globals) *cobra.Command {
+	var asJSON, watch bool
+	c := &cobra.Command{
+		Use:   "status",
+		Short: "Show the realm, the virtual machines and what each waits for",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if !watch {
+				return g.showStatus(cmd.Context(), asJSON)
+			}
+			return g.watchStatus(cmd.Context(), asJSON)
+		},
+	}
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	c.Flags().BoolVarP(&watch, "watch", "w", false, "show it anew every second, until interrupted")
+	return c
+}
+
+func (g *globals) showStatus(ctx context.Context, asJSON bool) error {
+	var s daemon.Status
+	if err := g.ask(ctx, http.MethodGet, "/v1/status", &s); err != nil {
+		return err
+	}
+	if asJSON {
+		return writeJSON(g.stdout, s)
+	}
+	return printStatus(g.stdout, s)
+}
+
+func (g *globals) watchStatus(ctx context.Context, asJSON bool) error {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		if !asJSON {
+			fmt.Fprint(g.stdout, "\x1b[H\x1b[2J")
+		}
+		if err := g.showStatus(ctx, asJSON); err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}
+
+func writeJSON(w io.Writer, v any) error {
+	octets, err := json.Marshal(v, jsontext.WithIndent("  "))
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(w, "%s\n", octets)
+	return err
+}
+
+func printStatus(w io.Writer, s daemon.Status) error {
+	fmt.Fprintf(w, "realm    %s\n", realmLine(s.Realm))
+	fmt.Fprintf(w, "holder   %s\n", holderLine(s.Realm))
+	for _, slot := range s.Realm.Slots {
+		fmt.Fprintf(w, "slot     %s  %s  %s\n", slot.ID, slot.Kind, slot.Description)
+	}
+	fmt.Fprintf(w, "policy   %.12s..., %d services, %d VMs, read %s ago\n", s.Policy.Digest, s.Policy.Services, s.Policy.VMs, age(s.Policy.Loaded))
+	fmt.Fprintf(w, "libvirt  %s\n", libvirtLine(s.Hypervisor))
+	fmt.Fprintf(w, "audit    head %d:%s\n", s.Audit.Seq, s.Audit.Hash)
+	for _, line := range s.Warnings {
+		fmt.Fprintf(w, "warning  %s\n", line)
+	}
+	return printVMs(w, s.VMs)
+}
+
+func realmLine(r daemon.RealmStatus) string {
+	id := r.ID
+	if id == "" {
+		id = "(never open)"
+	}
+	line := fmt.Sprintf("%s  %s", id, r.State)
+	if r.Why != "" {
+		line += ": " + r.Why
+	}
+	if r.Generations > 0 {
+		line += fmt.Sprintf("  generation %d", r.Generations)
+	}
+	if r.OpenedBy != "" {
+		line += "  by slot " + r.OpenedBy
+	}
+	return line
+}
+
+func holderLine(r daemon.RealmStatus) string {
+	if r.HolderPID == 0 {
+		return "none: the realm is not open"
+	}
+	line := fmt.Sprintf("process %d (%s)", r.HolderPID, r.HolderIn)
+	if r.Kept {
+		line += ", kept by systemd over restarts"
+	}
+	return line
+}
+
+func libvirtLine(l daemon.LibvirtStatus) string {
+	if l.Connected {
+		return "connected at " + l.Socket
+	}
+	return "not connected: " + l.Why
+}
+
+// printVMs writes the table of virtual machines; an empty one has its heading alone.
+func printVMs(w io.Writer, vms []daemon.VMStatus) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "VM\tTIER\tCID\tSTATE\tKEYS\tSINK\tAGE\tWHY")
+	for _, v := range vms {
+		why := v.Why
+		if v.Code != "" {
+			why = strings.TrimSuffix(v.Code+": "+why, ": ")
+		}
+		fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\t%s\t%s\t%s\n", v.Name, v.Tier, v.CID, v.State,
+			strings.Join(v.Keys, ","), strings.Join(v.Sinks, ","), age(v.Changed), why)
+	}
+	return t.Flush()
+}
+
+// age is how long ago t was, in one unit.
+func age(t time.Time) string {
+	d := time.Since(t)
+	switch {
+	case t.IsZero():
+		return "-"
+	case d < 2*time.Minute:
+		return fmt.Sprintf("%ds", int(d.Seconds()))
+	case d < 2*time.Hour:
+		return fmt.Sprintf("%dm", int(d.Minutes()))
+	case d < 48*time.Hour:
+		return fmt.Sprintf("%dh", int(d.Hours()))
+	}
+	return fmt.Sprintf("%dd", int(d.Hours()/24))
+}
+
+func newIdentityCommand(g *globals) *cobra.Command {
+	return &cobra.Command{
+		Use:   "identity",
+		Short: "Print the pin that agents trust this broker by",
+		Long:  "Print the realm's public key in the form that agent.toml takes: broker = [\"ed25519:...\"].",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var s daemon.Status
+			if err := g.ask(cmd.Context(), http.MethodGet, "/v1/status", &s); err != nil {
+				return err
+			}
+			if s.Realm.Identity == "" {
+				return hintedError{fmt.Errorf("the realm is %s: %s", s.Realm.State, s.Realm.Why), "`keybroker unlock` opens it"}
+			}
+			_, err := fmt.Fprintln(g.stdout, s.Realm.Identity)
+			return err
+		},
+	}
+}
+
+func newLockCommand(g *globals) *cobra.Command {
+	return &cobra.Command{
+		Use:   "lock",
+		Short: "Close the realm: no key is derived until a slot opens it again",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return g.ask(cmd.Context(), http.MethodPost, "/v1/lock", nil)
+		},
+	}
+}
+
+func newVMCommand(g *globals) *cobra.Command {
+	c := &cobra.Command{Use: "vm", Short: "Show virtual machines, and allow or deny them by hand"}
+	var asJSON bool
+	list := &cobra.Command{
+		Use: "list", Short: "List the virtual machines that have keybroker's metadata", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			vms, err := g.vms(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				return writeJSON(g.stdout, vms)
+			}
+			return printVMs(g.stdout, vms)
+		},
+	}
+	list.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	show := &cobra.Command{
+		Use: "show VM", Short: "Show everything about one", Args: cobra.ExactArgs(1), ValidArgsFunction: g.completeVM,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			vms, err := g.vms(cmd.Context())
+			if err != nil {
+				return err
+			}
+			n := slices.IndexFunc(vms, func(v daemon.VMStatus) bool { return v.Name == args[0] || v.UUID == args[0] })
+			if n < 0 {
+				return hintedError{fmt.Errorf("no virtual machine %q with keybroker's metadata", args[0]), "`keybroker vm list` shows them"}
+			}
+			return writeJSON(g.stdout, vms[n])
+		},
+	}
+	allow := g.vmChange("allow", "Give a running VM a ticket by hand, and end a denial")
+	deny := g.vmChange("deny", "Refuse a VM every key until `vm allow`, whatever policy says")
+	c.AddCommand(list, show, allow, deny)
+	return c
+}
+
+func (g *globals) vmChange(verb, short string) *cobra.Command {
+	return &cobra.Command{
+		Use: verb + " VM", Short: short, Args: cobra.ExactArgs(1), ValidArgsFunction: g.completeVM,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return g.ask(cmd.Context(), http.MethodPost, "/v1/vm/"+escape(args[0])+"/"+verb, nil)
+		},
+	}
+}
+
+func (g *globals) vms(ctx context.Context) ([]daemon.VMStatus, error) {
+	var s daemon.Status
+	err := g.ask(ctx, http.MethodGet, "/v1/status", &s)
+	return s.VMs, err
+}
+
+func (g *globals) completeVM(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+	if len(args) > 0 {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	vms, err := g.vms(cmd.Context())
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveError
+	}
+	var names []string
+	for _, v := range vms {
+		names = append(names, v.Name)
+	}
+	return names, cobra.ShellCompDirectiveNoFileComp
+}
