@@ -1,0 +1,40 @@
+package cpio
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+)
+
+// TestUnpacks has busybox or cpio, whichever is there, unpack an archive.
+func TestUnpacks(t *testing.T) {
+	program, err := exec.LookPath("cpio")
+	if err != nil {
+		t.Skip("needs cpio: apt-get install cpio")
+	}
+	var a Archive
+	a.Add("etc/deep/three", 0o640, []byte("abc"))
+	a.Add("init", 0o755, bytes.Repeat([]byte("x"), 4097))
+	a.AddDir("proc")
+	archive := a.Bytes()
+	if len(archive)%4 != 0 {
+		t.Errorf("the length %d is no multiple of four", len(archive))
+	}
+	dir := t.TempDir()
+	cmd := exec.Command(program, "-i", "--quiet")
+	cmd.Dir, cmd.Stdin = dir, bytes.NewReader(archive)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("cpio: %v\n%s", err, out)
+	}
+	if content, err := os.ReadFile(filepath.Join(dir, "etc/deep/three")); err != nil || string(content) != "abc" {
+		t.Errorf("etc/deep/three = %q, %v", content, err)
+	}
+	if info, err := os.Stat(filepath.Join(dir, "init")); err != nil || info.Size() != 4097 || info.Mode().Perm() != 0o755 {
+		t.Errorf("init = %v, %v", info, err)
+	}
+	if info, err := os.Stat(filepath.Join(dir, "proc")); err != nil || !info.IsDir() {
+		t.Errorf("proc = %v, %v", info, err)
+	}
+}

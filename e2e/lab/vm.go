@@ -1,0 +1,288 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// hostVM is one run of the host VM.
+type hostVM struct {
+	tree, dir, mode string
+	limit           time.Duration
+	phases          int
+	uid, gid        int // who owns the run's folder
+	keyboard        io.Reader
+	progress        io.Writer
+}
+
+func newHostVM(args []string, keyboard io.Reader) (*hostVM, error) {
+	vm := &hostVM{tree: args[0], dir: args[1], mode: args[2], keyboard: keyboard, progress: os.Stderr}
+	var err error
+	if vm.limit, err = time.ParseDuration(args[3]); err != nil {
+		return nil, err
+	}
+	if vm.phases, err = strconv.Atoi(args[4]); err != nil {
+		return nil, err
+	}
+	if _, err = fmt.Sscanf(args[5], "%d:%d", &vm.uid, &vm.gid); err != nil {
+		return nil, fmt.Errorf("reading the owner: %w", err)
+	}
+	switch vm.mode {
+	case "demo", "test":
+		vm.progress = os.Stdout
+	case "shell":
+		vm.progress = rawTerminal{os.Stderr} // the other half has made it so
+	}
+	return vm, nil
+}
+
+// rawTerminal writes to a terminal that does not turn a line's end into carriage return and line feed.
+type rawTerminal struct{ io.Writer }
+
+func (t rawTerminal) Write(p []byte) (int, error) {
+	if _, err := io.WriteString(t.Writer, strings.ReplaceAll(string(p), "\n", "\r\n")); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+func (vm *hostVM) kernel() string { return filepath.Join(vm.tree, "tree/boot/vmlinuz") }
+
+func (vm *hostVM) out(name string) string { return filepath.Join(vm.dir, "out", name) }
+
+// run boots the host VM and returns the status of the command in it. About one boot in a hundred of the emulated kernel
+// panics before the command starts; that one is repeated.
+func (vm *hostVM) run(ctx context.Context) (int, error) {
+	defer vm.giveAway()
+	ctx, cancel := context.WithTimeout(ctx, vm.limit)
+	defer cancel()
+	kvm := vm.kvmWorks(ctx)
+	up, err := vm.boot(ctx, kvm)
+	if err == nil && !up && ctx.Err() == nil {
+		fmt.Fprintln(vm.progress, "                 the host VM ended before it was up; once more")
+		up, err = vm.boot(ctx, kvm)
+	}
+	if err != nil {
+		return exitFailed, err
+	}
+	status, err := vm.status()
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		err = fmt.Errorf("the host VM was still running after %v", vm.limit)
+	}
+	if err == nil {
+		err = keepCapabilities(vm.tree, filepath.Join(vm.dir, "out"))
+	}
+	if ctx.Err() == nil || errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		vm.explain(status, up)
+	}
+	return status, err
+}
+
+// status is what the command ended with.
+func (vm *hostVM) status() (int, error) {
+	content, err := os.ReadFile(vm.out(".status"))
+	if err != nil {
+		return exitNoStatus, errors.New("the host VM ended before the command did")
+	}
+	os.Remove(vm.out(".status"))
+	return strconv.Atoi(strings.TrimSpace(string(content)))
+}
+
+// explain shows, after a failure, where to look and the console's last lines: the host VM's when it is its fault, else the
+// guest's that wrote last.
+func (vm *hostVM) explain(status int, up bool) {
+	if status == 0 || (vm.mode != "demo" && vm.mode != "test" && status != exitNoStatus) {
+		return
+	}
+	console := vm.out("console.log")
+	if up && status != exitNoStatus {
+		if guest := newest(vm.out("*.console")); guest != "" {
+			console = guest
+		}
+	}
+	fmt.Fprintf(vm.progress, "lab: the last lines of %s:\n", console)
+	printTail(vm.progress, console, 20)
+	fmt.Fprintf(vm.progress, "lab: consoles and logs are in %s\n", vm.out(""))
+}
+
+// newest is the file that was written last among those that match.
+func newest(pattern string) string {
+	found, err := filepath.Glob(pattern)
+	if err != nil {
+		return ""
+	}
+	var name string
+	var last time.Time
+	for _, path := range found {
+		if info, err := os.Stat(path); err == nil && info.ModTime().After(last) {
+			name, last = path, info.ModTime()
+		}
+	}
+	return name
+}
+
+// giveAway makes what the host VM wrote the user's.
+func (vm *hostVM) giveAway() {
+	filepath.WalkDir(vm.out(""), func(path string, _ fs.DirEntry, err error) error {
+		if err == nil {
+			os.Lchown(path, vm.uid, vm.gid)
+		}
+		return nil
+	})
+}
+
+// boot runs the host VM to its end, shows what the command in it prints, and says whether the command was started.
+func (vm *hostVM) boot(ctx context.Context, kvm bool) (up bool, err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	tpm, err := vm.startTPM(ctx)
+	if err != nil {
+		return false, err
+	}
+	defer tpm.Wait()
+	defer cancel() // swtpm ends with QEMU, and here where QEMU never came up
+	defer os.RemoveAll(filepath.Join(vm.dir, "tpm"))
+
+	start := time.Now()
+	qemu := command(ctx, vm.dir, "qemu-system-x86_64", vm.arguments(kvm)...)
+	qemu.Stderr = os.Stderr
+	keyboard, err := qemu.StdinPipe() // open as long as QEMU runs: its end would hang up on the command
+	if err != nil {
+		return false, err
+	}
+	stdout, err := qemu.StdoutPipe()
+	if err != nil {
+		return false, err
+	}
+	if err := qemu.Start(); err != nil {
+		return false, fmt.Errorf("starting QEMU: %w", err)
+	}
+	if vm.mode == "shell" {
+		go io.Copy(keyboard, vm.keyboard)
+	}
+	output := bufio.NewReader(stdout)
+	if line, err := output.ReadString('\n'); err == nil {
+		up = true
+		vm.showUp(strings.TrimSpace(line), kvm, time.Since(start))
+		err = vm.show(output)
+	}
+	if err := qemu.Wait(); err != nil && ctx.Err() == nil {
+		return up, fmt.Errorf("running QEMU: %w", err)
+	}
+	return up, nil
+}
+
+func (vm *hostVM) showUp(line string, kvm bool, elapsed time.Duration) {
+	by := "emulated"
+	if kvm {
+		by = "KVM"
+	}
+	phase(vm.progress, 3, vm.phases, "host VM", fmt.Sprintf("up in %.1f s (%s): %s", elapsed.Seconds(), by, line))
+	if vm.mode == "run" || vm.mode == "shell" {
+		fmt.Fprintf(vm.progress, "%17sconsoles and logs: %s\n", "", vm.out(""))
+	}
+	if vm.mode == "test" {
+		phase(vm.progress, 4, vm.phases, "tests", "")
+	}
+}
+
+// show copies the command's output to ours and to a file.
+func (vm *hostVM) show(output io.Reader) error {
+	if vm.mode == "shell" {
+		_, err := io.Copy(os.Stdout, output)
+		return err
+	}
+	log, err := os.Create(vm.out("output.log"))
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	_, err = io.Copy(io.MultiWriter(os.Stdout, log), output)
+	return err
+}
+
+// command is a program that ends with ctx and with this process, out of reach of the terminal's signals.
+func command(ctx context.Context, dir, name string, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Dir = dir
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	return cmd
+}
+
+// startTPM starts a new TPM 2.0 and waits until it listens on the socket "tpm/control" of the run's folder.
+func (vm *hostVM) startTPM(ctx context.Context) (*exec.Cmd, error) {
+	state := filepath.Join(vm.dir, "tpm")
+	if err := os.RemoveAll(state); err != nil {
+		return nil, err
+	}
+	if err := os.Mkdir(state, 0o700); err != nil {
+		return nil, err
+	}
+	// relative names: a socket's path has at most 107 octets
+	cmd := command(ctx, vm.dir, "swtpm", "socket", "--tpm2", "--tpmstate", "dir=tpm", "--ctrl", "type=unixio,path=tpm/control",
+		"--flags", "startup-clear", "--terminate")
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("starting swtpm: %w", err)
+	}
+	for deadline := time.Now().Add(10 * time.Second); ; {
+		if _, err := os.Stat(filepath.Join(state, "control")); err == nil {
+			return cmd, nil
+		}
+		if time.Now().After(deadline) || ctx.Err() != nil {
+			return nil, errors.New("swtpm made no socket within 10 s")
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+func (vm *hostVM) arguments(kvm bool) []string {
+	accelerator := []string{"-accel", "tcg,thread=multi", "-cpu", "max"}
+	if kvm {
+		accelerator = []string{"-accel", "kvm", "-cpu", "host"}
+	}
+	port := "virtserialport,name=lab"
+	if vm.mode == "shell" {
+		port = "virtconsole"
+	}
+	return append(accelerator,
+		"-smp", strconv.Itoa(min(runtime.NumCPU(), 4)), "-m", "4096", "-no-user-config", "-nodefaults", "-display", "none", "-no-reboot",
+		"-kernel", vm.kernel(), "-initrd", "share/host.cpio",
+		"-append", "console=ttyS0 quiet panic=-1 systemd.log_target=journal systemd.show_status=no",
+		"-serial", "file:out/console.log",
+		"-device", "virtio-serial-pci", "-chardev", "stdio,id=command,signal=off", "-device", port+",chardev=command",
+		"-chardev", "socket,id=tpm,path=tpm/control", "-tpmdev", "emulator,id=tpm,chardev=tpm", "-device", "tpm-tis,tpmdev=tpm",
+		"-fsdev", "local,id=tree,security_model=none,multidevs=remap,readonly=on,path="+escape(filepath.Join(vm.tree, "tree")),
+		"-device", "virtio-9p-pci,fsdev=tree,mount_tag=tree",
+		"-fsdev", "local,id=share,security_model=none,readonly=on,path=share", "-device", "virtio-9p-pci,fsdev=share,mount_tag=share",
+		"-fsdev", "local,id=out,security_model=none,path=out", "-device", "virtio-9p-pci,fsdev=out,mount_tag=out")
+}
+
+// escape writes a comma as QEMU's options want it.
+func escape(path string) string { return strings.ReplaceAll(path, ",", ",,") }
+
+// kvmWorks says whether a virtual machine runs under this machine's KVM and would have KVM itself. That /dev/kvm is there
+// says neither, so one is started, for at most 5 s.
+func (vm *hostVM) kvmWorks(ctx context.Context) bool {
+	if _, err := os.Stat("/dev/kvm"); err != nil {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	output, err := command(ctx, vm.dir, "qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-m", "256", "-no-user-config",
+		"-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio", "-kernel", vm.kernel(), "-initrd", "share/host.cpio",
+		"-append", "console=ttyS0 quiet panic=-1 lab=probe").Output()
+	return err == nil && (strings.Contains(string(output), "probe: svm") || strings.Contains(string(output), "probe: vmx"))
+}
