@@ -11,6 +11,8 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 	"unicode/utf8"
 )
 
@@ -133,6 +135,48 @@ func TestCheckWant(t *testing.T) {
 	}
 }
 
+// One text for the same octets, and no other: Go's own decoder skips the ends of lines.
+func TestOctetsHaveOneEncoding(t *testing.T) {
+	for text, ok := range map[string]bool{"": true, "AAAA": true, "_-8": true, "AA\nAA": false, "AAAA\n": false, "\r": false, "AA\r\nAA": false,
+		"AAA=": false, "AAB": false, "A": false, "+/8": false, "AA AA": false} {
+		var o Octets
+		if err := o.UnmarshalText([]byte(text)); (err == nil) != ok {
+			t.Errorf("%q: %v", text, err)
+		}
+	}
+	pin := PinOf(newIssuer(t, 1).Identity)
+	if got, err := ParsePin(pin.String()); err != nil || got != pin {
+		t.Errorf("%v: %v", pin, err)
+	}
+	for _, text := range []string{pin.String() + "\n", pin.String()[:20] + "\r\n" + pin.String()[20:], "ed25519:\n" + pin.String()[8:], pin.String() + "="} {
+		if _, err := ParsePin(text); err == nil {
+			t.Errorf("%q is taken for a pin", text)
+		}
+	}
+}
+
+// What is read is what would be written.
+func FuzzOctets(f *testing.F) {
+	f.Add([]byte("AAAA"))
+	f.Add([]byte("AA\nAA"))
+	f.Add([]byte("_-8"))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		o := Octets("before")
+		if err := o.UnmarshalText(text); err != nil {
+			if string(o) != "before" {
+				t.Fatal("an error that changes what was there")
+			}
+			return
+		}
+		if again, err := o.MarshalText(); err != nil || !bytes.Equal(again, text) {
+			t.Fatalf("%q is read as %x, which is written %q, %v", text, []byte(o), again, err)
+		}
+		if p, err := ParsePin(pinPrefix + string(text)); err == nil && p.String() != pinPrefix+string(text) {
+			t.Fatalf("%q is read as the pin %s", text, p)
+		}
+	})
+}
+
 // Whatever parses as a release encodes to octets that parse to the same; an error leaves no claim.
 func FuzzRelease(f *testing.F) {
 	f.Add([]byte(`{"issuer":"AAAA","tier":"vm","kind":"none","subject":"x","nonce":"","pk":"","want":[{"name":"disk","epoch":0}],"evidence":""}`))
@@ -178,6 +222,87 @@ func FuzzRefusal(f *testing.F) {
 		}
 		if s := err.Error(); len(s) > 4096 || strings.ContainsFunc(s, func(r rune) bool { return r < ' ' }) {
 			t.Fatalf("shown: %q", s)
+		}
+	})
+}
+
+// A receiver that has all its keys keeps its connection for hints, longer than any request may take to arrive.
+func TestWaitOutlivesTheReadTimeout(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		i := newIssuer(t, 1)
+		hints := make(chan struct{}, 1)
+		i.door.Hints = hints
+		theirs, ours := net.Pipe()
+		done := make(chan error, 1)
+		go func() { done <- i.Serve(t.Context(), theirs, i.door) }()
+		s := newReceiver(t, i.Identity).on(t, ours)
+		began := time.Now()
+		if hinted, err := s.Wait(t.Context()); hinted || err != nil {
+			t.Fatalf("without a hint: %v, %v", hinted, err)
+		}
+		if waited := time.Since(began); waited != hintTimeout {
+			t.Errorf("waited %v, expected %v", waited, hintTimeout)
+		}
+		hints <- struct{}{}
+		if hinted, err := s.Wait(t.Context()); !hinted || err != nil {
+			t.Errorf("with a hint: %v, %v", hinted, err)
+		}
+		if _, err := s.Challenge(t.Context()); err != nil {
+			t.Errorf("after that on the same connection: %v", err)
+		}
+		ours.Close()
+		if err := <-done; err != nil {
+			t.Errorf("Serve: %v", err)
+		}
+	})
+}
+
+// Whatever a receiver does or leaves, a session ends within its grace once the broker wants it to: an idle one at once.
+func TestServeEnds(t *testing.T) {
+	for name, c := range map[string]struct {
+		say    string
+		within time.Duration
+	}{
+		"nothing was said":  {"", 0},
+		"idle":              {"POST /v1/challenge HTTP/1.1\r\nHost: x\r\nContent-Length: 26\r\n\r\n{\"tier\":\"vm\",\"subject\":\"\"}", 0},
+		"waiting for hints": {"GET /v1/events HTTP/1.1\r\nHost: x\r\n\r\n", 0},
+		"half a body":       {"POST /v1/challenge HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{", writeTimeout},
+		"half a header":     {"POST /v1/chal", writeTimeout},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				i := newIssuer(t, 1)
+				theirs, ours := net.Pipe()
+				defer ours.Close()
+				ctx, cancel := context.WithCancel(t.Context())
+				done := make(chan error, 1)
+				go func() { done <- i.Serve(ctx, theirs, i.door) }()
+				go io.Copy(io.Discard, ours)
+				ours.Write([]byte(c.say))
+				synctest.Wait()
+				began := time.Now()
+				cancel()
+				if err := <-done; err != nil {
+					t.Error(err)
+				}
+				if took := time.Since(began); took > c.within+time.Second {
+					t.Errorf("ended after %v, expected %v", took, c.within)
+				}
+			})
+		})
+	}
+	t.Run("ended before it began", func(t *testing.T) {
+		i := newIssuer(t, 1)
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		for range 200 {
+			theirs, ours := net.Pipe()
+			if err := i.Serve(ctx, theirs, i.door); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := ours.Read(make([]byte, 1)); err == nil {
+				t.Fatal("the connection is open still")
+			}
 		}
 	})
 }

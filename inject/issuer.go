@@ -14,6 +14,7 @@ import (
 	"net"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -25,8 +26,10 @@ const (
 	nonceLife    = 60 * time.Second // monotonic
 	readTimeout  = 10 * time.Second // of one request
 	writeTimeout = 10 * time.Second // of one answer
-	idleTimeout  = 90 * time.Second // between requests: a receiver may be formatting a volume before it acknowledges
-	hintTimeout  = 60 * time.Second // how long GET /v1/events waits
+	// decideTimeout is how long a decision may take: libvirt, while it starts other machines, takes its time.
+	decideTimeout = 30 * time.Second
+	idleTimeout   = 90 * time.Second // between requests: a receiver may be formatting a volume before it acknowledges
+	hintTimeout   = 60 * time.Second // how long GET /v1/events waits
 )
 
 // Claim is what a receiver asks for, read and checked for form; nothing in it is believed yet.
@@ -83,6 +86,7 @@ type Issuer struct {
 func (i *Issuer) Serve(ctx context.Context, conn net.Conn, door Door) error {
 	s := &issuerSession{issuer: i, door: door, ending: ctx.Done()}
 	closed := make(chan struct{})
+	var asked atomic.Bool // something, ever
 	server := &http.Server{
 		Handler:           s.routes(),
 		ReadHeaderTimeout: readTimeout,
@@ -91,47 +95,74 @@ func (i *Issuer) Serve(ctx context.Context, conn net.Conn, door Door) error {
 		MaxHeaderBytes:    maxHeaders,
 		ErrorLog:          slog.NewLogLogger(i.Log.Handler(), slog.LevelDebug),
 		ConnState: func(_ net.Conn, state http.ConnState) {
-			if state == http.StateClosed {
+			switch state {
+			case http.StateActive:
+				asked.Store(true)
+			case http.StateClosed:
 				close(closed)
 			}
 		},
 	}
-	listener := &oneConn{conn: conn, closed: closed}
+	listener := &oneConn{conn: conn, closed: closed, ended: make(chan struct{})}
+	shut := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
+		defer close(shut)
 		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), writeTimeout)
 		defer cancel()
-		if server.Shutdown(grace) != nil {
+		if !asked.Load() || server.Shutdown(grace) != nil {
 			server.Close()
 		}
 	})
-	defer stop()
+	defer func() {
+		if !stop() {
+			<-shut
+		}
+	}()
 	if err := server.Serve(listener); !errors.Is(err, errServed) && !errors.Is(err, http.ErrServerClosed) {
 		return err
+	}
+	if untaken := listener.take(); untaken != nil { // ctx ended first
+		return untaken.Close()
 	}
 	<-closed
 	return nil
 }
 
-// oneConn is a listener with one connection, which ends when that one does.
+// oneConn is a listener with one connection, which ends when that one does, or when the server is told to.
 type oneConn struct {
 	conn   net.Conn
-	once   sync.Once
-	closed chan struct{}
+	taken  sync.Once
+	closed <-chan struct{} // the connection is
+
+	closing sync.Once
+	ended   chan struct{}
 }
 
 var errServed = errors.New("the one connection is closed")
 
+// take returns the connection once, and then nil.
+func (l *oneConn) take() (conn net.Conn) {
+	l.taken.Do(func() { conn = l.conn })
+	return conn
+}
+
 func (l *oneConn) Accept() (net.Conn, error) {
-	var first net.Conn
-	l.once.Do(func() { first = l.conn })
-	if first != nil {
-		return first, nil
+	if conn := l.take(); conn != nil {
+		return conn, nil
 	}
-	<-l.closed
+	select {
+	case <-l.closed:
+	case <-l.ended:
+	}
 	return nil, errServed
 }
 
-func (l *oneConn) Close() error   { return nil }
+// Close lets Accept return: net/http's Shutdown waits for that before it does anything else.
+func (l *oneConn) Close() error {
+	l.closing.Do(func() { close(l.ended) })
+	return nil
+}
+
 func (l *oneConn) Addr() net.Addr { return l.conn.LocalAddr() }
 
 // issuerSession is the state of one connection: the one outstanding nonce, and the release that waits for its
@@ -160,8 +191,8 @@ func (s *issuerSession) routes() http.Handler {
 // answer reads a bounded body, and writes what f makes of it: JSON, nothing (204), or a refusal.
 func (s *issuerSession) answer(f func(ctx context.Context, body []byte) (any, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		http.NewResponseController(w).SetWriteDeadline(time.Now().Add(writeTimeout + readTimeout))
 		body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, MaxBody))
+		holdOpen(w, decideTimeout)
 		var v any
 		if err != nil {
 			err = s.unreadable(r.Context(), err)
@@ -345,7 +376,7 @@ func (s *issuerSession) ack(ctx context.Context, body []byte) (any, error) {
 
 // events holds the request until there is a reason to ask again (200), or for a minute (204).
 func (s *issuerSession) events(w http.ResponseWriter, r *http.Request) {
-	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(hintTimeout + writeTimeout))
+	holdOpen(w, hintTimeout)
 	wait := time.NewTimer(hintTimeout)
 	defer wait.Stop()
 	select {
@@ -357,6 +388,13 @@ func (s *issuerSession) events(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusNoContent)
 	case <-r.Context().Done():
 	}
+}
+
+// holdOpen gives an answer its time, for reading too: net/http would take the request's own deadline for the client's end.
+func holdOpen(w http.ResponseWriter, d time.Duration) {
+	c, until := http.NewResponseController(w), time.Now().Add(d+writeTimeout)
+	c.SetReadDeadline(until)
+	c.SetWriteDeadline(until)
 }
 
 // HintAskAgain says that something changed at the issuer: ask again for what is missing.

@@ -17,10 +17,9 @@ import (
 
 // Tiers that the protocol names, and the kinds of evidence that come with them.
 const (
-	TierVM        = "vm"
-	TierContainer = "container"
-	TierSNP       = "snp"
-	TierUser      = "user"
+	TierVM   = "vm"
+	TierSNP  = "snp"
+	TierUser = "user"
 
 	KindNone = "none"
 )
@@ -53,12 +52,18 @@ func (o Octets) MarshalText() ([]byte, error) {
 
 // UnmarshalText accepts the one canonical encoding only. Its error does not show the text, which may be a secret.
 func (o *Octets) UnmarshalText(text []byte) error {
-	b, err := base64.RawURLEncoding.Strict().AppendDecode(nil, text)
-	if err != nil {
+	b, ok := decodeOctets(text)
+	if !ok {
 		return errors.New("octets that are not base64url without padding")
 	}
 	*o = b
 	return nil
+}
+
+// decodeOctets is strict where Go's decoder is not: that one skips the ends of lines, wherever they are.
+func decodeOctets(text []byte) (octets []byte, ok bool) {
+	octets, err := base64.RawURLEncoding.Strict().AppendDecode(nil, text)
+	return octets, err == nil && len(text) == base64.RawURLEncoding.EncodedLen(len(octets))
 }
 
 // Challenge is message 2: what the issuer says first. It is unsigned; the receiver uses Issuer only if it is one of its pins.

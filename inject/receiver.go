@@ -52,8 +52,8 @@ const pinPrefix = "ed25519:"
 // ParsePin reads a pin as `keybroker identity` prints it.
 func ParsePin(s string) (Pin, error) {
 	text, ok := strings.CutPrefix(s, pinPrefix)
-	b, err := base64.RawURLEncoding.Strict().DecodeString(text)
-	if !ok || err != nil || len(b) != ed25519.PublicKeySize {
+	b, canonical := decodeOctets([]byte(text))
+	if !ok || !canonical || len(b) != ed25519.PublicKeySize {
 		return Pin{}, fmt.Errorf("pin %q: expected %q and 43 characters of base64url, as `keybroker identity` prints it", printable(s), pinPrefix)
 	}
 	return Pin(b), nil

@@ -31,6 +31,7 @@ const (
 	CodeRetiredEpoch  Code = "retired-epoch"        // an epoch that is over
 	CodeLocked        Code = "locked"               // the realm is not open
 	CodeAudit         Code = "audit-unavailable"    // no record can be written, so nothing is released
+	CodeBadMetadata   Code = "bad-metadata"         // the domain's definition cannot be read: in status alone
 	CodeHypervisor    Code = "hypervisor-no-answer" // libvirt cannot be asked
 	CodeBusy          Code = "busy"                 // too many requests at once
 	CodeInternal      Code = "internal"             // the broker's log has the cause
@@ -74,9 +75,6 @@ func (r Refusal) Is(target error) bool {
 
 // Unwrap gives the cause, which stays on the broker's side.
 func (r Refusal) Unwrap() error { return r.Cause }
-
-// Bare keeps the code alone: all that a peer is told whom the transport has not identified.
-func (r Refusal) Bare() Refusal { return Refusal{Code: r.Code, Cause: r.Cause} }
 
 // AsRefusal finds the refusal in err; any other error is an internal one, whose cause only the log shows.
 func AsRefusal(err error) Refusal {
