@@ -54,7 +54,17 @@ func fileName(number int) string { return fmt.Sprintf("%s%06d%s", filePrefix, nu
 
 // fileNumbers lists the log's files in dir, oldest first. What is not named like one is not the log's.
 func fileNumbers(dir string) ([]int, error) {
-	entries, err := os.ReadDir(dir)
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	return fileNumbersIn(d)
+}
+
+// fileNumbersIn is fileNumbers for an open folder, which it reads to its end.
+func fileNumbersIn(d *os.File) ([]int, error) {
+	entries, err := d.ReadDir(-1)
 	if err != nil {
 		return nil, err
 	}
@@ -184,72 +194,191 @@ func (c *chain) compare(r *Record) *Break {
 	return nil
 }
 
-// openFile opens a file of the log, and none that a link names.
+// What follows is also run by root, in a folder of the broker's user, who may exchange any name there at any moment. So what
+// root changes is opened once, without following a link, looked at, and changed through its descriptor.
+
+// openFile opens a file of the log by path, and nothing but a regular file.
 func openFile(dir string, number, flag int) (*os.File, error) {
-	return os.OpenFile(filepath.Join(dir, fileName(number)), flag|unix.O_NOFOLLOW, 0o600)
+	f, err := os.OpenFile(filepath.Join(dir, fileName(number)), flag|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
+	return regular(f, err)
 }
 
-// giveToOwner makes the folder's owner the owner of what root makes in it: the broker must be able to use it later.
-func giveToOwner(f *os.File, dir string) error {
+// openFileIn is openFile in an open folder.
+func openFileIn(d *os.File, number, flag int) (*os.File, error) {
+	f, err := openIn(d, fileName(number), flag)
+	return regular(f, err)
+}
+
+// openIn opens what has the name in the folder itself. It neither follows a link nor waits for a pipe's other end.
+func openIn(d *os.File, name string, flag int) (*os.File, error) {
+	path := filepath.Join(d.Name(), name)
+	for {
+		fd, err := unix.Openat(int(d.Fd()), name, flag|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0o600)
+		if err == nil {
+			return os.NewFile(uintptr(fd), path), nil
+		}
+		if !errors.Is(err, unix.EINTR) {
+			return nil, &os.PathError{Op: "open", Path: path, Err: err}
+		}
+	}
+}
+
+// regular passes on what an open returned, unless that is no regular file.
+func regular(f *os.File, err error) (*os.File, error) {
+	if errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENXIO) {
+		return nil, fmt.Errorf("%w: expected a regular file, found a link or a pipe: move it away", err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	st, err := f.Stat()
+	if err == nil && !st.Mode().IsRegular() {
+		err = fmt.Errorf("%s: expected a regular file, found %v: move it away", f.Name(), st.Mode())
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// openDir opens the log's folder, which must not be a link and must belong to its parent's owner, to root or to this
+// process. With create it is made, for its parent's owner, where there is none.
+func openDir(dir string, create bool) (*os.File, error) {
+	dir = filepath.Clean(dir)
+	parent, err := os.OpenFile(filepath.Dir(dir), unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer parent.Close()
+	d, err := openIn(parent, filepath.Base(dir), unix.O_DIRECTORY)
+	made := false
+	if create && errors.Is(err, os.ErrNotExist) {
+		d, err = makeFolder(parent, filepath.Base(dir))
+		made = err == nil
+		if errors.Is(err, os.ErrExist) { // another one was first
+			d, err = openIn(parent, filepath.Base(dir), unix.O_DIRECTORY)
+		}
+	}
+	if errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
+		err = fmt.Errorf("%w: expected a folder, found a link or a file: move it away", err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err = checkOwner(d, parent); err == nil && made {
+		err = giveToOwner(d, parent)
+	}
+	if err != nil {
+		d.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
+// makeFolder makes a folder with mode 0700 and opens it. That the one it opens is the one it made shows in that it is this
+// process's own and empty.
+func makeFolder(parent *os.File, name string) (*os.File, error) {
+	path := filepath.Join(parent.Name(), name)
+	if err := unix.Mkdirat(int(parent.Fd()), name, 0o700); err != nil {
+		return nil, &os.PathError{Op: "mkdir", Path: path, Err: err}
+	}
+	d, err := openIn(parent, name, unix.O_DIRECTORY)
+	if err != nil {
+		return nil, err
+	}
+	uid, _, err := owner(d)
+	names, read := d.Readdirnames(1)
+	if errors.Is(read, io.EOF) {
+		_, read = d.Seek(0, io.SeekStart)
+	}
+	if err = errors.Join(err, read); err == nil && (uid != os.Geteuid() || len(names) > 0) {
+		err = fmt.Errorf("%s was exchanged for another folder while it was made", path)
+	}
+	if err != nil {
+		d.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
+func owner(f *os.File) (uid, gid int, err error) {
+	var st unix.Stat_t
+	err = unix.Fstat(int(f.Fd()), &st)
+	return int(st.Uid), int(st.Gid), err
+}
+
+func checkOwner(d, parent *os.File) error {
+	uid, _, err := owner(d)
+	want, _, err2 := owner(parent)
+	if err := errors.Join(err, err2); err != nil {
+		return err
+	}
+	if uid != want && uid != 0 && uid != os.Geteuid() {
+		return fmt.Errorf("%s belongs to uid %d, expected uid %d like the folder above it, or root: move it away", d.Name(), uid, want)
+	}
+	return nil
+}
+
+// giveToOwner makes the folder's owner the owner of what root made in it: the broker must be able to use it later.
+func giveToOwner(f, dir *os.File) error {
 	if os.Geteuid() != 0 {
 		return nil
 	}
-	var st unix.Stat_t
-	if err := unix.Stat(dir, &st); err != nil {
+	uid, gid, err := owner(dir)
+	if err != nil {
 		return err
 	}
-	return f.Chown(int(st.Uid), int(st.Gid))
+	return f.Chown(uid, gid)
 }
 
 // SetAside moves a log that is broken into a folder of its own below dir, so that a new one can begin, and returns that
 // folder, or nothing where there was no log. It is for an administrator, who keeps it as evidence; the head that is stored
 // elsewhere must be removed as well. It fails while a broker has the log.
 func SetAside(dir string, now time.Time) (string, error) {
-	lock, err := lockDir(dir)
+	d, err := openDir(dir, false)
 	if errors.Is(err, os.ErrNotExist) {
 		return "", nil
 	}
 	if err != nil {
 		return "", err
 	}
-	defer lock.Close()
-	numbers, err := fileNumbers(dir)
+	defer d.Close()
+	if err := lockDir(d); err != nil {
+		return "", err
+	}
+	numbers, err := fileNumbersIn(d)
 	if err != nil || len(numbers) == 0 {
 		return "", err
 	}
-	aside := filepath.Join(dir, "set-aside-"+now.UTC().Format("20060102T150405.000Z"))
-	if err := os.Mkdir(aside, 0o700); err != nil {
+	aside, err := makeFolder(d, "set-aside-"+now.UTC().Format("20060102T150405.000Z"))
+	if err != nil {
 		return "", err
 	}
+	defer aside.Close()
 	for _, n := range numbers {
-		if err := os.Rename(filepath.Join(dir, fileName(n)), filepath.Join(aside, fileName(n))); err != nil {
-			return aside, err
+		if err := unix.Renameat(int(d.Fd()), fileName(n), int(aside.Fd()), fileName(n)); err != nil {
+			return aside.Name(), fmt.Errorf("moving %s to %s: %w", fileName(n), aside.Name(), err)
 		}
 	}
-	return aside, lock.Sync()
+	return aside.Name(), d.Sync()
 }
 
 // ErrHeld is a log that another process has open.
 var ErrHeld = errors.New("the audit log is held by another process")
 
-// lockDir opens the folder and locks it, so that there is one writer. It waits two seconds for a broker that is ending.
-func lockDir(dir string) (*os.File, error) {
-	d, err := os.Open(dir)
-	if err != nil {
-		return nil, err
-	}
+// lockDir locks the folder, so that there is one writer. It waits two seconds for a broker that is ending.
+func lockDir(d *os.File) error {
 	for end := time.Now().Add(lockWait); ; time.Sleep(20 * time.Millisecond) {
-		err = unix.Flock(int(d.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		err := unix.Flock(int(d.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil {
-			return d, nil
+			return nil
 		}
 		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
-			d.Close()
-			return nil, fmt.Errorf("locking %s: %w", dir, err)
+			return fmt.Errorf("locking %s: %w", d.Name(), err)
 		}
 		if time.Now().After(end) {
-			d.Close()
-			return nil, fmt.Errorf("%w: %s (still after %v): stop that broker, or use another --state-dir", ErrHeld, dir, lockWait)
+			return fmt.Errorf("%w: %s (still after %v): stop that broker, or use another --state-dir", ErrHeld, d.Name(), lockWait)
 		}
 	}
 }

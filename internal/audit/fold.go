@@ -47,17 +47,17 @@ func NewFolder(cfg FolderConfig) *Folder {
 
 // Refuse records a refusal. The peer is what the transport knows of who asked, without what changes from one connection to
 // the next; rec.Code is the refusal's code. The first of a peer and code is written (Written) before Refuse returns; further
-// ones are counted, and written as one record, with Count, at the window's end. The error is Append's.
-func (f *Folder) Refuse(peer string, rec Record) error {
+// ones are counted, and written as one record, with Count, at the window's end. It reports whether this one is written; the
+// error is Append's.
+func (f *Folder) Refuse(peer string, rec Record) (written bool, err error) {
 	if rec.Peer == "" {
 		rec.Peer = peer
 	}
-	write := f.admit(refusal{peer, rec.Code}, rec)
-	if !write {
-		return nil
+	if !f.admit(refusal{peer, rec.Code}, rec) {
+		return false, nil
 	}
-	_, err := f.cfg.Append(rec, Written)
-	return err
+	_, err = f.cfg.Append(rec, Written)
+	return true, err
 }
 
 // admit says whether the refusal is to be written now; otherwise it is counted.

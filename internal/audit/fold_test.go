@@ -34,7 +34,7 @@ func (w *written) take() (records []Record, refusals int) {
 
 func refuse(t *testing.T, f *Folder, peer, code string) {
 	t.Helper()
-	if err := f.Refuse(peer, Record{Event: EventRefusal, Decision: Refused, Code: code}); err != nil {
+	if _, err := f.Refuse(peer, Record{Event: EventRefusal, Decision: Refused, Code: code}); err != nil {
 		t.Error(err)
 	}
 }

@@ -92,7 +92,7 @@ var (
 // Log is an open log. It may be used by many goroutines at once; one process has it open.
 type Log struct {
 	cfg  Config
-	dir  *os.File // locked
+	dir  *os.File // locked; what is in it is reached through it, not by path
 	wake chan struct{}
 	poke chan struct{}
 
@@ -174,7 +174,7 @@ func (l *Log) append(event Event, body []byte) (Head, error) {
 	l.line = append(l.line, body...)
 	hash := sha256.Sum256(l.line)
 	l.line = append(l.line, '\n')
-	if err := l.write(essential(event)); err != nil {
+	if err := l.write(essential(event) || byHand(event)); err != nil {
 		l.lose(event, now)
 		return Head{}, err
 	}
@@ -184,6 +184,17 @@ func (l *Log) append(event Event, body []byte) (Head, error) {
 		notify(l.wake)
 	}
 	return l.head, nil
+}
+
+// byHand says whether the event is a change that an administrator makes, himself or by starting and stopping a machine. It may
+// use the reserve like what is essential: a full disk must not hide it. When there is no space at all it is counted as dropped,
+// unlike what is essential, since its caller may go on. Refusals and acks are not among them: peers decide how many there are.
+func byHand(e Event) bool {
+	switch e {
+	case EventTicket, EventLock, EventUnlock, EventSlot, EventPolicy:
+		return true
+	}
+	return false
 }
 
 // write puts l.line at the file's end, whole or not at all.
@@ -242,11 +253,11 @@ func (l *Log) rotate() {
 
 // create makes a file with so many octets allocated ahead, and the folder's entry of it durable.
 func (l *Log) create(number int, reserve int64) (*os.File, error) {
-	f, err := openFile(l.cfg.Dir, number, os.O_RDWR|os.O_CREATE|os.O_EXCL)
+	f, err := openFileIn(l.dir, number, os.O_RDWR|os.O_CREATE|os.O_EXCL)
 	if err != nil {
 		return nil, err
 	}
-	err = giveToOwner(f, l.cfg.Dir)
+	err = giveToOwner(f, l.dir)
 	if err == nil {
 		err = allocate(f, 0, reserve)
 	}
@@ -255,7 +266,7 @@ func (l *Log) create(number int, reserve int64) (*os.File, error) {
 	}
 	if err != nil {
 		f.Close()
-		os.Remove(f.Name())
+		_ = unix.Unlinkat(int(l.dir.Fd()), fileName(number), 0)
 		return nil, err
 	}
 	return f, nil

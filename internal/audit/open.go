@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -26,7 +25,7 @@ func Open(cfg Config) (*Log, error) {
 	l, err := open(cfg)
 	if err != nil {
 		if errors.Is(err, ErrBroken) {
-			err = fmt.Errorf("%w: `keybroker audit verify` shows all of it, `keybroker audit reset` sets this log aside and begins a new one", err)
+			err = fmt.Errorf("%w: `keybroker audit verify` shows all of it, `keybroker audit reset --reason TEXT` sets this log aside and begins a new one", err)
 		}
 		return nil, fmt.Errorf("opening the audit log in %s: %w", cfg.Dir, err)
 	}
@@ -34,11 +33,12 @@ func Open(cfg Config) (*Log, error) {
 }
 
 func open(cfg Config) (_ *Log, err error) {
-	if err := makeDir(cfg.Dir); err != nil {
+	l := &Log{cfg: cfg, full: cfg.MaxFile, wake: make(chan struct{}, 1), poke: make(chan struct{}, 1)}
+	if l.dir, err = openDir(cfg.Dir, true); err != nil {
 		return nil, err
 	}
-	l := &Log{cfg: cfg, full: cfg.MaxFile, wake: make(chan struct{}, 1), poke: make(chan struct{}, 1)}
-	if l.dir, err = lockDir(cfg.Dir); err != nil {
+	if err := lockDir(l.dir); err != nil {
+		l.dir.Close()
 		return nil, err
 	}
 	end, err := l.openTail()
@@ -57,28 +57,13 @@ func open(cfg Config) (_ *Log, err error) {
 	return l, nil
 }
 
-func makeDir(dir string) error {
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		if errors.Is(err, os.ErrExist) {
-			return nil
-		}
-		return err
-	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return giveToOwner(d, filepath.Dir(dir))
-}
-
 // openTail finds the log's end and opens the last file there, or makes the first one.
 func (l *Log) openTail() (tail, error) {
 	stored, err := l.cfg.LoadHead()
 	if err != nil {
 		return tail{}, fmt.Errorf("reading the stored head: %w", err)
 	}
-	end, err := readTail(l.cfg.Dir, stored)
+	end, err := readTail(l.dir, stored)
 	if err != nil {
 		return tail{}, err
 	}
@@ -87,7 +72,7 @@ func (l *Log) openTail() (tail, error) {
 	if end.number == 0 {
 		return end, l.createFirst()
 	}
-	if l.file, err = openFile(l.cfg.Dir, end.number, os.O_RDWR); err != nil {
+	if l.file, err = openFileIn(l.dir, end.number, os.O_RDWR); err != nil {
 		return end, err
 	}
 	if err := l.cutDamage(&end); err != nil {
@@ -116,7 +101,7 @@ func (l *Log) cutDamage(end *tail) error {
 		return nil
 	}
 	if !end.torn {
-		end.copy, _ = copyEnd(l.file, end.size, filepath.Join(l.cfg.Dir, fmt.Sprintf("audit-%06d.cut-%d", end.number, end.size)))
+		end.copy, _ = l.copyEnd(end.size, fmt.Sprintf("audit-%06d.cut-%d", end.number, end.size))
 	}
 	if err := l.file.Truncate(end.size); err != nil {
 		return err
@@ -124,26 +109,30 @@ func (l *Log) cutDamage(end *tail) error {
 	return l.file.Sync()
 }
 
-// copyEnd copies the file from offset from on and returns the copy's path, or nothing when it could not.
-func copyEnd(f *os.File, from int64, path string) (string, error) {
-	out, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+// copyEnd copies the last file from offset from on and returns the copy's name, or nothing when it could not.
+func (l *Log) copyEnd(from int64, name string) (string, error) {
+	out, err := openIn(l.dir, name, os.O_WRONLY|os.O_CREATE|os.O_EXCL)
 	if err != nil {
 		return "", err
 	}
-	_, err = io.Copy(out, io.NewSectionReader(f, from, 1<<62))
+	_, err = io.Copy(out, io.NewSectionReader(l.file, from, 1<<62))
 	if err := errors.Join(err, out.Sync(), out.Close()); err != nil {
-		os.Remove(path)
+		_ = unix.Unlinkat(int(l.dir.Fd()), name, 0)
 		return "", err
 	}
-	return path, nil
+	return name, nil
 }
 
 // trimPrevious gives back the blocks ahead of the file before the last one, if the broker died when it should have.
 func (l *Log) trimPrevious() {
-	path := filepath.Join(l.cfg.Dir, fileName(l.number-1))
+	f, err := openFileIn(l.dir, l.number-1, os.O_RDWR)
+	if err != nil {
+		return
+	}
+	defer f.Close()
 	var st unix.Stat_t
-	if unix.Lstat(path, &st) == nil && st.Blocks*512 > st.Size+chunk {
-		_ = os.Truncate(path, st.Size)
+	if unix.Fstat(int(f.Fd()), &st) == nil && st.Blocks*512 > st.Size+chunk {
+		_ = f.Truncate(st.Size)
 	}
 }
 
@@ -154,7 +143,7 @@ func (l *Log) recordRecovery(end tail) {
 	}
 	reason := fmt.Sprintf("cut off %d octets of an unfinished record in %s", end.damage, fileName(end.number))
 	if !end.torn {
-		reason = fmt.Sprintf("cut off %d octets that a power cut damaged in %s; copy: %q", end.damage, fileName(end.number), filepath.Base(end.copy))
+		reason = fmt.Sprintf("cut off %d octets that a power cut damaged in %s; copy: %q", end.damage, fileName(end.number), end.copy)
 	}
 	l.cfg.Logger.Warn("the audit log was recovered", "reason", reason)
 	if _, err := l.Append(Record{Event: EventRecovered, Reason: reason}, Durable); err != nil {
@@ -169,12 +158,12 @@ type tail struct {
 	head   Head
 	damage int64  // octets behind the records
 	torn   bool   // they are one unfinished line
-	copy   string // of the damage; set by cutDamage
+	copy   string // name of the damage's copy; set by cutDamage
 }
 
 // readTail reads the log from its end back to the stored head.
-func readTail(dir string, stored Head) (tail, error) {
-	numbers, err := fileNumbers(dir)
+func readTail(dir *os.File, stored Head) (tail, error) {
+	numbers, err := fileNumbersIn(dir)
 	if err != nil {
 		return tail{}, err
 	}
@@ -224,8 +213,8 @@ type scanned struct {
 }
 
 // scan reads one file. Only at the end of the last one damage is no error.
-func scan(dir string, number int, last bool, stored Head) (s scanned, err error) {
-	f, err := openFile(dir, number, os.O_RDONLY)
+func scan(dir *os.File, number int, last bool, stored Head) (s scanned, err error) {
+	f, err := openFileIn(dir, number, os.O_RDONLY)
 	if err != nil {
 		return s, err
 	}

@@ -130,7 +130,7 @@ func openBolt(path string, readOnly bool) (db *bbolt.DB, err error) {
 // openLocked opens the file, takes its lock (bbolt takes it once more, on the same descriptor, which changes nothing) and
 // checks it.
 func openLocked(path string, flag int, readOnly bool) (*os.File, error) {
-	f, err := os.OpenFile(path, flag|unix.O_NOFOLLOW, 0)
+	f, err := os.OpenFile(path, flag|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0) // a pipe must not make it wait; check refuses it
 	if err != nil {
 		return nil, err
 	}
@@ -195,16 +195,16 @@ func unfinished(path string) string { return filepath.Base(path) + ".new-" }
 // file. When two do it at once, the first one's file stays.
 func create(path string) error {
 	dir := filepath.Dir(path)
-	temp, err := os.CreateTemp(dir, unfinished(path))
+	temp, err := os.CreateTemp(dir, unfinished(path)) // with O_EXCL, which follows no link
 	if err != nil {
 		return err
 	}
 	defer os.Remove(temp.Name())
-	defer temp.Close()
+	defer temp.Close() // bbolt did, unless something failed before it had the file
 	if err := giveToOwner(temp, dir); err != nil {
 		return err
 	}
-	if err := initialise(temp.Name()); err != nil {
+	if err := initialise(temp); err != nil {
 		return err
 	}
 	if err := os.Link(temp.Name(), path); err != nil && !exists(path) {
@@ -230,8 +230,13 @@ func giveToOwner(f *os.File, dir string) error {
 	return f.Chown(int(st.Uid), int(st.Gid))
 }
 
-func initialise(path string) error {
-	db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: lockWait})
+// initialise makes temp, which is new and empty, a state file, and closes it. Nothing is opened by name: root runs this in a
+// folder of the broker's user, who may have put something else there meanwhile.
+func initialise(temp *os.File) error {
+	db, err := bbolt.Open(temp.Name(), 0o600, &bbolt.Options{
+		Timeout:  lockWait,
+		OpenFile: func(string, int, os.FileMode) (*os.File, error) { return temp, nil },
+	})
 	if err != nil {
 		return err
 	}

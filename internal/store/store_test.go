@@ -10,8 +10,10 @@ import (
 	"strconv"
 	"sync"
 	"testing"
+	"time"
 
 	"go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
 )
 
 func openNew(t *testing.T) (*Store, string) {
@@ -241,6 +243,53 @@ func TestUnfinishedFileIsNoObstacle(t *testing.T) {
 	put(t, s, "b", "k", "v")
 	if _, err := os.Stat(left); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("%s is still there: %v", left, err)
+	}
+}
+
+// A new file is written through its descriptor: what takes its name meanwhile stays as it is.
+func TestInitialiseOpensNothingByName(t *testing.T) {
+	dir := t.TempDir()
+	temp, err := os.CreateTemp(dir, "state.db.new-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer temp.Close()
+	victim, kept := filepath.Join(dir, "victim"), filepath.Join(dir, "kept")
+	if err := errors.Join(os.WriteFile(victim, nil, 0o600), os.Rename(temp.Name(), kept), os.Symlink(victim, temp.Name())); err != nil {
+		t.Fatal(err)
+	}
+	if err := initialise(temp); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(victim); err != nil || len(got) != 0 {
+		t.Errorf("%d octets were written through the link, %v", len(got), err)
+	}
+	reopen(t, kept)
+}
+
+// A pipe or a link in the file's place is refused, and nobody waits for the pipe's other end.
+func TestOnlyRegularFiles(t *testing.T) {
+	dir := t.TempDir()
+	pipe, link, target := filepath.Join(dir, "pipe"), filepath.Join(dir, "link"), filepath.Join(dir, "target")
+	if err := errors.Join(unix.Mkfifo(pipe, 0o600), os.Symlink(target, link)); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{pipe, link} {
+		for name, open := range map[string]func(string) (*Store, error){"Open": Open, "OpenReadOnly": OpenReadOnly} {
+			done := make(chan error, 1)
+			go func() { _, err := open(path); done <- err }()
+			select {
+			case err := <-done:
+				if err == nil {
+					t.Errorf("%s took %s", name, path)
+				}
+			case <-time.After(20 * time.Second):
+				t.Fatalf("%s of %s hangs", name, path)
+			}
+		}
+	}
+	if _, err := os.Lstat(target); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the link's target: %v", err)
 	}
 }
 
