@@ -144,8 +144,8 @@ func (t *Ticket) RestoreBegin() bool { return t.mutate(func() { t.Pending = Orig
 func (t *Ticket) MigrateBegin() bool { return t.mutate(func() { t.Pending = OriginMigrate }) }
 
 // Started is the news, by the hook or by libvirt's event, that boot's process runs. seen is what else is known about its
-// origin, above all Process.Origin; it wins over what the hooks have announced. A start that no hook announced is a gap. For a process that is
-// known already it only corrects what a gap has presumed too early.
+// origin, above all Process.Origin; it wins over what the hooks have announced. A start that no hook announced is a gap. For
+// a process that is known already it only corrects what a gap has presumed too early.
 func (t *Ticket) Started(boot Boot, seen Origin, policy AfterGap) bool {
 	return t.mutate(func() {
 		origin := t.origin(seen)

@@ -31,10 +31,11 @@ var (
 
 // Defaults of Config.
 const (
-	DefaultURI     = "qemu:///system"
-	DefaultTimeout = 2 * time.Second
-	DefaultPing    = 5 * time.Second
-	DefaultRunDir  = "/run/libvirt/qemu"
+	DefaultURI      = "qemu:///system"
+	DefaultRunDir   = "/run/libvirt/qemu"
+	DefaultTimeout  = 2 * time.Second
+	DefaultPatience = 8 * time.Second
+	DefaultPing     = 5 * time.Second
 )
 
 // DefaultSockets are the read-only sockets of libvirtd and of virtqemud.
@@ -53,9 +54,12 @@ const (
 type Config struct {
 	Sockets []string      // Unix sockets, of which the first with a listener is used; nil means DefaultSockets
 	URI     string        // the hypervisor; "" means DefaultURI
-	Timeout time.Duration // for one call and for one look-up; 0 means DefaultTimeout
-	Ping    time.Duration // between two questions whether libvirt still answers, in Watch; 0 means DefaultPing
 	RunDir  string        // where libvirt keeps NAME.pid; "" means DefaultRunDir
+	Timeout time.Duration // for libvirt to show that it lives; 0 means DefaultTimeout
+	// Patience is for one look-up in all, while libvirt lives: it holds a question while it starts any domain or runs any
+	// hook. 0 means DefaultPatience.
+	Patience time.Duration
+	Ping     time.Duration // between two questions whether libvirt still answers, in Watch; 0 means DefaultPing
 }
 
 // Client asks libvirt. It connects when it is asked and holds a few connections. Its methods may be called concurrently.
@@ -85,9 +89,10 @@ func New(cfg Config) (*Client, error) {
 	}
 	cfg.URI = orDefault(cfg.URI, DefaultURI)
 	cfg.Timeout = orDefault(cfg.Timeout, DefaultTimeout)
+	cfg.Patience = orDefault(cfg.Patience, DefaultPatience)
 	cfg.Ping = orDefault(cfg.Ping, DefaultPing)
 	cfg.RunDir = orDefault(cfg.RunDir, DefaultRunDir)
-	if cfg.Timeout < 0 || cfg.Ping < 0 {
+	if cfg.Timeout < 0 || cfg.Patience < 0 || cfg.Ping <= 0 {
 		return nil, errors.New("making a libvirt client: a negative time")
 	}
 	c := &Client{cfg: cfg, pool: make(chan *conn, poolSize), addresses: map[running]address{}}
@@ -119,11 +124,12 @@ func (c *Client) Close() {
 	}
 }
 
-// Live looks a domain up in libvirt's live state, now, within Config.Timeout. It returns it only while its guest runs, and
+// Live looks a domain up in libvirt's live state, now, within Config.Patience; if libvirt is stuck, it is ErrNotAnswering
+// after about twice Config.Timeout. It returns it only while its guest runs, and
 // with a vsock address only if no other running domain has the same. PID and StartTime are those of its QEMU process by
 // libvirt's pid file, or 0 if that cannot be read.
 //
-// While one of libvirt's hooks runs, libvirt answers nobody: a hook must have returned before its domain can be looked up.
+// While one of libvirt's hooks runs, libvirt may answer nobody: a hook must have returned before its domain can be looked up.
 func (c *Client) Live(ctx context.Context, uuid string) (hypervisor.Domain, error) {
 	var d hypervisor.Domain
 	err := c.with(ctx, func(ctx context.Context, n *conn) error {
@@ -138,7 +144,7 @@ func (c *Client) Live(ctx context.Context, uuid string) (hypervisor.Domain, erro
 	return d, nil
 }
 
-// List returns the domains that have a process now, within Config.Timeout for each. A domain whose definition cannot be read
+// List returns the domains that have a process now, within Config.Patience for each. A domain whose definition cannot be read
 // is among them, with the reason in its Problem.
 func (c *Client) List(ctx context.Context) ([]hypervisor.Domain, error) {
 	var domains []hypervisor.Domain
@@ -153,9 +159,9 @@ func (c *Client) List(ctx context.Context) ([]hypervisor.Domain, error) {
 	return domains, nil
 }
 
-// with is using within Config.Timeout in all.
+// with is using within Config.Patience in all.
 func (c *Client) with(ctx context.Context, f func(context.Context, *conn) error) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, c.cfg.Timeout, fmt.Errorf("no answer within %v", c.cfg.Timeout))
+	ctx, cancel := context.WithTimeoutCause(ctx, c.cfg.Patience, fmt.Errorf("no answer within %v", c.cfg.Patience))
 	defer cancel()
 	return c.using(ctx, func(n *conn) error { return f(ctx, n) })
 }
@@ -187,7 +193,7 @@ func (c *Client) live(ctx context.Context, n *conn, uuid string) (hypervisor.Dom
 	if err != nil {
 		return hypervisor.Domain{}, err
 	}
-	dom, err := call(ctx, n, c.cfg.Timeout, func() (golibvirt.Domain, error) { return n.rpc.DomainLookupByUUID(raw) })
+	dom, err := ask(ctx, c, n, func() (golibvirt.Domain, error) { return n.rpc.DomainLookupByUUID(raw) })
 	if err != nil {
 		return hypervisor.Domain{}, known(err)
 	}
@@ -217,7 +223,7 @@ func known(err error) error {
 
 // describe reads a domain's state and live definition.
 func (c *Client) describe(ctx context.Context, n *conn, dom golibvirt.Domain) (hypervisor.Domain, error) {
-	state, err := call(ctx, n, c.cfg.Timeout, func() (golibvirt.DomainState, error) {
+	state, err := ask(ctx, c, n, func() (golibvirt.DomainState, error) {
 		s, _, err := n.rpc.DomainGetState(dom, 0)
 		return golibvirt.DomainState(s), err
 	})
@@ -238,7 +244,7 @@ func (c *Client) describe(ctx context.Context, n *conn, dom golibvirt.Domain) (h
 }
 
 func (c *Client) definition(ctx context.Context, n *conn, dom golibvirt.Domain) (string, error) {
-	return call(ctx, n, c.cfg.Timeout, func() (string, error) { return n.rpc.DomainGetXMLDesc(dom, 0) })
+	return ask(ctx, c, n, func() (string, error) { return n.rpc.DomainGetXMLDesc(dom, 0) })
 }
 
 func (c *Client) list(ctx context.Context, n *conn) ([]hypervisor.Domain, error) {
@@ -262,7 +268,7 @@ func (c *Client) list(ctx context.Context, n *conn) ([]hypervisor.Domain, error)
 }
 
 func (c *Client) active(ctx context.Context, n *conn) ([]golibvirt.Domain, error) {
-	return call(ctx, n, c.cfg.Timeout, func() ([]golibvirt.Domain, error) {
+	return ask(ctx, c, n, func() ([]golibvirt.Domain, error) {
 		domains, _, err := n.rpc.ConnectListAllDomains(1, golibvirt.ConnectListDomainsActive)
 		return domains, err
 	})

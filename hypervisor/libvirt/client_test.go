@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -219,13 +221,24 @@ func hang(proc uint32) func(*session, request) bool {
 	return func(_ *session, c request) bool { return c.proc == proc }
 }
 
-// A libvirt that stops at any point costs its caller the timeout, and works again when it does.
+// stop answers nothing any more from the first call of one procedure on, as a process that was sent SIGSTOP.
+func stop(proc uint32) func(*session, request) bool {
+	var stopped atomic.Bool
+	return func(_ *session, c request) bool {
+		if c.proc == proc {
+			stopped.Store(true)
+		}
+		return stopped.Load()
+	}
+}
+
+// A libvirt that stops at any point costs its caller little, and works again when it does.
 func TestHungLibvirt(t *testing.T) {
 	web1, web2 := domain(1, 42), domain(2, 43)
 	for _, proc := range []uint32{procAuthList, procOpen, procLookup, procState, procXML, procListAll} {
 		s := newServer(t, web1, web2)
-		s.answer = hang(proc)
-		c := s.client(Config{Timeout: impatient})
+		s.answer = stop(proc)
+		c := s.client(Config{Timeout: impatient, Patience: time.Hour})
 		begin := time.Now()
 		_, err := c.Live(t.Context(), web1.uuid)
 		if !errors.Is(err, ErrNotAnswering) {
@@ -242,12 +255,38 @@ func TestHungLibvirt(t *testing.T) {
 	}
 }
 
+// A libvirt that is busy with another domain's start is waited for, but not for ever.
+func TestBusyLibvirt(t *testing.T) {
+	web1, web2 := domain(1, 42), domain(2, 43)
+	for _, proc := range []uint32{procLookup, procState, procXML, procListAll} {
+		t.Run(fmt.Sprint("procedure ", proc), func(t *testing.T) {
+			t.Parallel()
+			s := newServer(t, web1, web2)
+			free := make(chan struct{})
+			s.answer = func(_ *session, c request) bool {
+				if c.proc == proc {
+					<-free
+				}
+				return false
+			}
+			go func() { s.awaitCalls(procLibVersion, 1); close(free) }()
+			if _, err := s.client(Config{Timeout: 2 * time.Second, Patience: patient}).Live(t.Context(), web1.uuid); err != nil {
+				t.Error(err)
+			}
+			s.set(func() { s.answer = hang(proc) })
+			if _, err := s.client(Config{Timeout: impatient, Patience: 4 * impatient}).Live(t.Context(), web1.uuid); !errors.Is(err, ErrNotAnswering) {
+				t.Errorf("for ever: %v", err)
+			}
+		})
+	}
+}
+
 // Many who ask a hung libvirt wait side by side.
 func TestHungLibvirtHoldsNobodyElse(t *testing.T) {
 	web1 := domain(1, 42)
 	s := newServer(t, web1)
-	s.answer = hang(procLookup)
-	c := s.client(Config{Timeout: 500 * time.Millisecond})
+	s.answer = stop(procLookup)
+	c := s.client(Config{Timeout: 200 * time.Millisecond, Patience: 500 * time.Millisecond})
 	begin := time.Now()
 	var wait sync.WaitGroup
 	for range 100 {
@@ -269,7 +308,7 @@ func TestLiveEndsWithItsContext(t *testing.T) {
 	s.answer = hang(procLookup)
 	ctx, cancel := context.WithCancel(t.Context())
 	go func() { s.awaitCalls(procLookup, 1); cancel() }()
-	if _, err := s.client(Config{Timeout: time.Hour}).Live(ctx, web1.uuid); !errors.Is(err, context.Canceled) {
+	if _, err := s.client(Config{Timeout: time.Hour, Patience: time.Hour}).Live(ctx, web1.uuid); !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
 }
@@ -309,7 +348,7 @@ func TestGarbage(t *testing.T) {
 				}
 				return c.proc == proc
 			}
-			c := s.client(Config{Timeout: patient})
+			c := s.client(Config{Timeout: patient, Patience: patient})
 			if d, err := c.Live(t.Context(), web1.uuid); err == nil {
 				t.Errorf("%s to procedure %d: taken for %+v", title, proc, d)
 			} else if errors.Is(err, ErrNotAnswering) { // it was noticed, not waited for

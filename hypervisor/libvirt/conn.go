@@ -82,6 +82,32 @@ func (n *conn) do(ctx context.Context, timeout time.Duration, f func() error) er
 	return err
 }
 
+// ask is one call of a look-up. libvirt may be long in answering it without being stuck: while it starts a domain, or a hook
+// of one runs, it holds whoever asks about that domain or for the list. So after Config.Timeout another connection is asked
+// whether libvirt lives; while it does there is Config.Patience.
+func ask[T any](ctx context.Context, c *Client, n *conn, f func() (T, error)) (T, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	probe := time.AfterFunc(c.cfg.Timeout, func() {
+		if err := c.ping(ctx); err != nil && ctx.Err() == nil { // else the answer has come meanwhile
+			n.wire.fail(err)
+		}
+	})
+	defer probe.Stop()
+	return call(ctx, n, c.cfg.Patience, f)
+}
+
+// ping asks libvirt for what it knows without looking at any domain.
+func (c *Client) ping(ctx context.Context) error {
+	n, err := c.open(ctx)
+	if err != nil {
+		return err
+	}
+	defer n.close()
+	_, err = call(ctx, n, c.cfg.Timeout, n.rpc.ConnectGetLibVersion)
+	return err
+}
+
 // call is do with a result. f runs in a goroutine of its own: when it is given up it may still be stuck in go-libvirt, whose
 // calls know no context, until the closed connection sets it free.
 func call[T any](ctx context.Context, n *conn, timeout time.Duration, f func() (T, error)) (T, error) {

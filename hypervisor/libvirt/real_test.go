@@ -17,9 +17,9 @@ import (
 	"keybroker/hypervisor"
 )
 
-// real connects to a real libvirtd's test driver, to define domains there, and returns a client of its read-only socket. The
+// realLibvirt connects to a real libvirtd's test driver, to define domains there, and returns a client of its read-only socket. The
 // driver keeps its domains while a connection is open.
-func real(t *testing.T) (*golibvirt.Libvirt, *Client) {
+func realLibvirt(t *testing.T) (*golibvirt.Libvirt, *Client) {
 	socket := os.Getenv("LIBVIRT_SOCKET")
 	if socket == "" {
 		t.Skip("needs a libvirtd: start `libvirtd` and run with LIBVIRT_SOCKET=/run/libvirt/libvirt-sock (its read-only socket is beside it)")
@@ -47,7 +47,7 @@ func testDomain(number int, cid string) string {
 }
 
 func TestRealLibvirt(t *testing.T) {
-	admin, c := real(t)
+	admin, c := realLibvirt(t)
 	events, _ := watching(t, c)
 	awaitEvent(t, events, func(e Event) bool { return e.Kind == Connected })
 	web1 := domain(1, 4242)
@@ -104,7 +104,7 @@ func TestRealLibvirt(t *testing.T) {
 
 // A stopped libvirtd is found out, holds nobody, and is used again when it goes on.
 func TestRealLibvirtStopped(t *testing.T) {
-	_, c := real(t)
+	_, c := realLibvirt(t)
 	pidFile := os.Getenv("LIBVIRT_PIDFILE")
 	if pidFile == "" {
 		t.Skip("needs leave to stop libvirtd for a moment: run with LIBVIRT_PIDFILE=/run/libvirtd.pid too")

@@ -140,7 +140,7 @@ func TestWatchHungLibvirt(t *testing.T) {
 	events, _ := watching(t, s.client(Config{Timeout: impatient, Ping: time.Millisecond}))
 	for _, proc := range []uint32{procLibVersion, procAuthList, procOpen, procRegister, procListAll, procXML} {
 		awaitEvent(t, events, func(e Event) bool { return e.Kind == Connected })
-		s.set(func() { s.answer = hang(proc) })
+		s.set(func() { s.answer = stop(proc) })
 		if proc != procLibVersion {
 			s.hangUp()
 		}
