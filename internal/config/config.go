@@ -48,10 +48,9 @@ type Audit struct {
 	Reserve int64         // octets of the log's room that only releases may use; never zero
 }
 
-// Admin is the table [admin]. Users and group are names or numbers as the operator wrote them.
+// Admin is the table [admin]. Users are names or numbers as the operator wrote them.
 type Admin struct {
 	Users []string // who may change things besides root; empty: root alone
-	Group string   // whose members may read status, audit and explain; empty: no group
 }
 
 // Log is the table [log].
@@ -81,7 +80,6 @@ func Default() *Config {
 		Libvirt: []string{"/run/libvirt/virtqemud-sock-ro", "/run/libvirt/libvirt-sock-ro"},
 		VM:      VM{BootWindow: 10 * time.Minute},
 		Audit:   Audit{Sync: 100 * time.Millisecond, MaxFile: 64 << 20, Reserve: 16 << 20},
-		Admin:   Admin{Group: "keybroker"},
 		Limits: Limits{
 			Connections: 4096, ConnectionsPerCaller: 512,
 			HeaderTimeout: 5 * time.Second, IdleTimeout: 2 * time.Minute,
@@ -243,9 +241,6 @@ func (c *Config) readAdmin(t *tomlfile.Table) {
 		if !accountForm.MatchString(u) {
 			t.Errorf("users", "expected names or numbers of users, got %.40q", u)
 		}
-	}
-	if t.String("group", &c.Admin.Group) && c.Admin.Group != "" && !accountForm.MatchString(c.Admin.Group) {
-		t.Errorf("group", "expected the name or number of a group, got %.40q", c.Admin.Group)
 	}
 }
 

@@ -31,7 +31,6 @@ max_file = "1MiB"
 reserve = "512KiB"
 [admin]
 users = ["alice", "1000"]
-group = "wheel"
 [log]
 level = "debug"
 format = "json"
@@ -59,7 +58,7 @@ func TestParseFull(t *testing.T) {
 		Libvirt:        []string{"/run/libvirt/libvirt-sock-ro"},
 		VM:             VM{BootWindow: 5 * time.Minute},
 		Audit:          Audit{Sync: 0, MaxFile: 1 << 20, Reserve: 512 << 10},
-		Admin:          Admin{Users: []string{"alice", "1000"}, Group: "wheel"},
+		Admin:          Admin{Users: []string{"alice", "1000"}},
 		Log:            Log{Level: slog.LevelDebug, JSON: true},
 		Limits:         Limits{Connections: 100, ConnectionsPerCaller: 10, HeaderTimeout: time.Second, IdleTimeout: 10 * time.Second},
 	}
@@ -85,11 +84,11 @@ func TestEmptyFileIsDefaults(t *testing.T) {
 
 // An empty list means none: it never falls back to the default.
 func TestEmptyLists(t *testing.T) {
-	got, err := Parse("broker.toml", []byte("listen = []\nlibvirt = []\n[admin]\nusers = []\ngroup = ''\n"))
+	got, err := Parse("broker.toml", []byte("listen = []\nlibvirt = []\n[admin]\nusers = []\n"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(got.Listen) != 0 || len(got.Libvirt) != 0 || len(got.Admin.Users) != 0 || got.Admin.Group != "" {
+	if len(got.Listen) != 0 || len(got.Libvirt) != 0 || len(got.Admin.Users) != 0 {
 		t.Errorf("got %+v", got)
 	}
 }
@@ -116,6 +115,7 @@ func TestMistakes(t *testing.T) {
 		{"[audit]\nsync = 'never'", `broker.toml:2: "sync" in [audit]: expected a time from "1ms" to "10s"`},
 		{"[audit]\nsync = '0s'", `"sync" in [audit]: expected a time`},
 		{"[admin]\nusers = ['']", `"users" in [admin]: expected names or numbers of users, got ""`},
+		{"[admin]\ngroup = 'wheel'", `broker.toml:2: unknown key "group" in [admin]`}, // the socket's own group decides
 		{"[log]\nlevel = 'loud'", `"level" in [log]: expected one of "debug", "info", "warn", "error"`},
 		{"[limits]\nconnections = 0", `"connections" in [limits]: expected a whole number from 1 to 1048576`},
 		{"[Audit]\nsync = 'always'", `broker.toml:1: unknown key "Audit"; did you mean "audit"`},

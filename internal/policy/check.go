@@ -103,7 +103,7 @@ func (v *VM) warnings(sameName *VM) (out []string) {
 	if v.Hosts != nil && len(v.Hosts) == 0 {
 		out = append(out, "has an empty list of hosts, so the VM is refused everywhere; remove hosts to allow every host")
 	}
-	if v.Name == "" {
+	if v.Name == "" && !v.Deny {
 		out = append(out, "has no name: whoever may define a domain of another name with this UUID gets its keys; add name")
 	}
 	if sameName != nil {

@@ -292,8 +292,13 @@ func TestMistakes(t *testing.T) {
 		{vm("keys=['disk']\n[[vm.key]]\nname='disk'"), `policy.toml:6: "name" in [[vm.key]]: expected each key once, got "disk" again`},
 		{vm("[[vm.key]]\nlength=64"), `policy.toml:4: "name" in [[vm.key]]: expected the name of a key, got none`},
 		{vm("[[vm.key]]\nname='d'\nluks={}"), `[vm.key.luks]: expected cipher, key_size or sector_size to pin, got none of them`},
-		{vm("[[vm.key]]\nname='d'\nluks={cipher='cipher_null-ecb'}"), `expected a cipher of dm-crypt`},
-		{vm("[[vm.key]]\nname='d'\n[vm.key.luks]\nsector_size=513"), `policy.toml:7: "sector_size" in [vm.key.luks]: expected 512, 1024, 2048 or 4096`},
+		{vm("[[vm.key]]\nname='d'\nluks={cipher='cipher_null-ecb'}"), `expected "aes-xts-plain64", the only cipher that agents accept`},
+		{vm("[[vm.key]]\nname='d'\n[vm.key.luks]\ncipher='serpent-xts-plain64'"), `policy.toml:7: "cipher" in [vm.key.luks]: expected "aes-xts-plain64"`},
+		{vm("[[vm.key]]\nname='d'\n[vm.key.luks]\ncipher=''"), `policy.toml:7: "cipher" in [vm.key.luks]: expected "aes-xts-plain64"`},
+		{vm("[[vm.key]]\nname='d'\n[vm.key.luks]\nkey_size=256"), `policy.toml:7: "key_size" in [vm.key.luks]: expected 512 bits`},
+		{vm("[[vm.key]]\nname='d'\n[vm.key.luks]\nkey_size=0"), `policy.toml:7: "key_size" in [vm.key.luks]: expected 512 bits`},
+		{vm("[[vm.key]]\nname='d'\n[vm.key.luks]\nsector_size=513"), `policy.toml:7: "sector_size" in [vm.key.luks]: expected 512 or 4096`},
+		{vm("[[vm.key]]\nname='d'\n[vm.key.luks]\nsector_size=2048"), `policy.toml:7: "sector_size" in [vm.key.luks]: expected 512 or 4096`},
 		{vm("") + vm(""), `policy.toml:5: "uuid" in [[vm]]: expected each UUID once, got it again; the other is policy.toml:1 [[vm]] ` + web1},
 		{vm("") + "[[vm]]\nuuid='" + web2 + "'\ntier='vm'\nsubject='" + web1 + "'", `both would read each other's disks`},
 		{"[[vm]]\nuuid='" + web2 + "'\ntier='vm'\nsubject='" + web1 + "'\n" + vm(""), `policy.toml:5: "subject" in [[vm]]: expected each VM to have keys of its own`},
@@ -448,7 +453,8 @@ func TestCheck(t *testing.T) {
 			t.Errorf("%q:\n got %q\nwant %s", c.text, got, c.want)
 		}
 	}
-	fine := "[[service]]\nname='abc'\nuid=[1]\nunit=['/system.slice/a.service']\n[[vm]]\nuuid='" + web1 + "'\nname='a'\ntier='vm'\nkeys=['d']"
+	fine := "[[service]]\nname='abc'\nuid=[1]\nunit=['/system.slice/a.service']\n[[vm]]\nuuid='" + web1 + "'\nname='a'\ntier='vm'\nkeys=['d']\n" +
+		"[[vm]]\nuuid='" + web2 + "'\ntier='vm'\ndeny=true" // whatever its name is
 	if got := Check(parse(t, fine)); got != nil {
 		t.Errorf("nothing is wrong, got %v", got)
 	}
