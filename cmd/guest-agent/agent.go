@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	handshakeTime = 10 * time.Second // for challenge and release, and again for the acknowledgement
+	handshakeTime = 30 * time.Second // for challenge and release, and again for the acknowledgement
 	firstPause    = 250 * time.Millisecond
 	lastPause     = 15 * time.Second
 )
