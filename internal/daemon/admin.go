@@ -1,9 +1,11 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -36,8 +38,9 @@ func (b *Broker) adminRoutes() http.Handler {
 	mux.Handle("GET /metrics", b.metrics.handler())
 	mux.HandleFunc("POST /v1/vm/{vm}/allow", b.change(b.allowVM))
 	mux.HandleFunc("POST /v1/vm/{vm}/deny", b.change(b.denyVM))
-	mux.HandleFunc("POST /v1/lock", b.change(func(*http.Request) error { b.checkpoint(); return b.realm.lock() }))
+	mux.HandleFunc("POST /v1/lock", b.change(func(r *http.Request) error { b.checkpoint(); return b.realm.lock(administratorOf(r)) }))
 	mux.HandleFunc("POST /v1/unlock", b.change(func(*http.Request) error { b.realm.tryAgain(); return nil }))
+	mux.HandleFunc("POST /v1/realm-changed", b.change(b.realmChanged))
 	return mux
 }
 
@@ -86,6 +89,15 @@ func adminRefusal(err error) inject.Refusal {
 	return inject.Refusal{Code: inject.CodeInternal, Reason: err.Error()}
 }
 
+// administratorOf names who asked, for the audit.
+func administratorOf(r *http.Request) string {
+	cred, ok := r.Context().Value(peerKey{}).(unix.Ucred)
+	if !ok {
+		return "nobody known"
+	}
+	return fmt.Sprintf("uid %d", cred.Uid)
+}
+
 func answerRefusal(w http.ResponseWriter, r inject.Refusal) { answerJSON(w, r.Code.HTTPStatus(), r) }
 
 func (b *Broker) administrator(uid uint32) bool {
@@ -102,32 +114,41 @@ func (b *Broker) administrator(uid uint32) bool {
 	})
 }
 
-// findVM takes a name or UUID of a domain that runs or was seen before.
-func (b *Broker) findVM(nameOrUUID string) (uuid string, err error) {
-	err = b.store.View(func(tx store.Tx) error {
-		return tx.ForEach(bucketVMs, func(key string, _ []byte) error {
-			var r vmRecord
-			if _, err := get(tx, bucketVMs, key, &r); err != nil {
-				return err
-			}
-			if key == nameOrUUID || r.Name == nameOrUUID {
-				uuid = key
-			}
-			return nil
-		})
-	})
-	for _, x := range b.guests.list() {
-		if x.domain.Name == nameOrUUID || x.domain.UUID == nameOrUUID {
-			uuid = x.domain.UUID
+// findVM takes the UUID, or a name that only one VM has, of a domain that runs, was seen before or is in the policy.
+func (b *Broker) findVM(nameOrUUID string) (string, error) {
+	found := map[string]bool{}
+	note := func(uuid, name string) {
+		if uuid == nameOrUUID || name == nameOrUUID {
+			found[uuid] = true
 		}
 	}
-	if entries := b.policy().Find(nameOrUUID); uuid == "" && len(entries) == 1 {
-		uuid = entries[0].UUID
+	err := b.store.View(func(tx store.Tx) error {
+		return tx.ForEach(bucketVMs, func(uuid string, _ []byte) error {
+			var r vmRecord
+			_, err := get(tx, bucketVMs, uuid, &r)
+			note(uuid, r.Name)
+			return err
+		})
+	})
+	if err != nil {
+		return "", err
 	}
-	if err == nil && uuid == "" {
-		err = inject.Refusal{Code: inject.CodeUnknownPeer, Reason: fmt.Sprintf("no VM %.64q with keybroker's metadata was seen", nameOrUUID), Next: "`keybroker vm list` shows them"}
+	for _, x := range b.guests.list() {
+		note(x.domain.UUID, x.domain.Name)
 	}
-	return uuid, err
+	for _, entry := range b.policy().Find(nameOrUUID) {
+		note(entry.UUID, entry.Name)
+	}
+	uuids := slices.Sorted(maps.Keys(found))
+	switch {
+	case found[nameOrUUID]:
+		return nameOrUUID, nil
+	case len(uuids) == 0:
+		return "", inject.Refusal{Code: inject.CodeUnknownPeer, Reason: fmt.Sprintf("no VM %.64q with keybroker's metadata was seen", nameOrUUID), Next: "`keybroker vm list` shows them"}
+	case len(uuids) > 1:
+		return "", inject.Refusal{Code: inject.CodeUnknownPeer, Reason: fmt.Sprintf("%.64q is the name of %d VMs: %v", nameOrUUID, len(uuids), uuids), Next: "give the UUID"}
+	}
+	return uuids[0], nil
 }
 
 // allowVM ends a denial and gives the running boot a ticket by hand.
@@ -136,8 +157,14 @@ func (b *Broker) allowVM(r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	record, err := b.changeVM(uuid, func(_ store.Tx, v *vmRecord) (bool, error) {
-		denied := v.Denied
+	create := r.URL.Query().Get("create") == "1"
+	record, err := b.changeVM(uuid, func(tx store.Tx, v *vmRecord) (bool, error) {
+		if create {
+			if err := b.forgetOpened(tx, uuid); err != nil {
+				return false, err
+			}
+		}
+		denied := v.Denied || create
 		v.Denied = false
 		changed, err := v.Ticket.Allow()
 		if errors.Is(err, hypervisor.ErrNotRunning) && denied {
@@ -151,9 +178,36 @@ func (b *Broker) allowVM(r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	b.recordTicket(uuid, "allowed by hand", record.Ticket)
+	cause := "allowed by hand, by " + administratorOf(r)
+	if create {
+		cause += ", and may format a blank volume"
+	}
+	b.recordTicket(uuid, cause, record.Ticket)
 	if x := b.guests.get(uuid); x != nil {
 		x.restart(false)
+	}
+	return nil
+}
+
+// forgetOpened lets the VM's next release say once more that a blank volume may be formatted: it has a new disk.
+func (b *Broker) forgetOpened(tx store.Tx, uuid string) error {
+	entries := b.policy().Find(uuid)
+	if len(entries) != 1 {
+		return inject.Refusal{Code: inject.CodeNoPolicy, Reason: "this VM has no policy entry", Next: "add one to policy.toml"}
+	}
+	for _, key := range entries[0].Keys {
+		at := vmEpochKey(entries[0].Subject, key.Name)
+		e, err := getEpoch(tx, at)
+		if err != nil {
+			return err
+		}
+		if e.Opened == 0 {
+			continue
+		}
+		e.Opened = 0
+		if err := put(tx, bucketEpochs, at, &e); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -169,7 +223,7 @@ func (b *Broker) denyVM(r *http.Request) error {
 		return true, nil
 	})
 	if err == nil {
-		b.recordTicket(uuid, "denied by hand", record.Ticket)
+		b.recordTicket(uuid, "denied by hand, by "+administratorOf(r), record.Ticket)
 	}
 	return err
 }
@@ -277,28 +331,16 @@ func (b *Broker) warnings(s Status) []string {
 	return w
 }
 
-// vmStatus lists the running domains that have our metadata, by name.
+// vmStatus lists the running domains that have our metadata, or may have, by name.
 func (b *Broker) vmStatus() []VMStatus {
-	all := []VMStatus{}
+	all := append([]VMStatus{}, b.guests.refused()...)
 	for _, x := range b.guests.list() {
 		all = append(all, x.status())
 	}
 	slices.SortFunc(all, func(a, b VMStatus) int {
-		return compareText(a.Name, b.Name, a.UUID, b.UUID)
+		return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.UUID, b.UUID))
 	})
 	return all
-}
-
-func compareText(pairs ...string) int {
-	for n := 0; n+1 < len(pairs); n += 2 {
-		if pairs[n] != pairs[n+1] {
-			if pairs[n] < pairs[n+1] {
-				return -1
-			}
-			return 1
-		}
-	}
-	return 0
 }
 
 func (x *guest) status() VMStatus {

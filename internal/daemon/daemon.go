@@ -54,7 +54,8 @@ type Broker struct {
 	since   time.Time
 
 	rules    atomic.Pointer[loadedPolicy]
-	file     *seal.File
+	file     *seal.File // as it was at the start
+	slots    knownSlots
 	describe func(seal.Slot) string
 	store    *store.Store
 	audit    *audit.Log
@@ -91,10 +92,15 @@ func open(c Config, from passed) (*Broker, *listeners, error) {
 	}
 	b := &Broker{
 		cfg: c.Settings, paths: c.Paths, source: c.Policy, version: c.Version, log: c.Log, host: host,
-		describe: c.Describe, since: time.Now(), dial: dialGuest,
+		describe: c.Describe, since: time.Now(), dial: DialGuest,
 	}
 	if err := b.loadPolicy(); err != nil {
 		return nil, nil, err
+	}
+	if len(c.Settings.Libvirt) > 0 {
+		if err := checkVhost("/dev/vhost-vsock"); err != nil {
+			return nil, nil, err
+		}
 	}
 	if err := makeStateDir(c.Paths); err != nil {
 		return nil, nil, err
@@ -102,6 +108,7 @@ func open(c Config, from passed) (*Broker, *listeners, error) {
 	if b.file, err = loadRealm(c.Paths.Realm); err != nil {
 		return nil, nil, err
 	}
+	b.slots.slots = b.file.Slots()
 	if b.store, err = store.Open(c.Paths.Store); err != nil {
 		return nil, nil, err
 	}
@@ -180,12 +187,26 @@ func (b *Broker) serve(ctx context.Context, l *listeners, from passed, reload <-
 		return fmt.Errorf("writing the audit: %w", err)
 	}
 	var parts sync.WaitGroup
-	servers := b.servers(l)
+	ready := make(chan struct{})
+	services, servers := b.servers(l)
+	for _, s := range services {
+		parts.Go(func() {
+			select { // who asks while the realm is being opened waits in the socket
+			case <-ready:
+			case <-ctx.Done():
+			}
+			s.run(fail)
+		})
+	}
 	for _, s := range servers {
 		parts.Go(func() { s.run(fail) })
 	}
 	parts.Go(func() {
-		if err := b.realm.run(ctx, from.first(fdPage), func() { notify(daemon.SdNotifyReady) }); err != nil {
+		err := b.realm.run(ctx, from.first(fdPage), func() {
+			close(ready)
+			notify(daemon.SdNotifyReady)
+		})
+		if err != nil {
 			fail(err)
 		}
 	})
@@ -198,7 +219,7 @@ func (b *Broker) serve(ctx context.Context, l *listeners, from passed, reload <-
 	b.guests.endAll()
 	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTime)
 	defer cancel()
-	for _, s := range servers {
+	for _, s := range append(services, servers...) {
 		s.stop(drain)
 	}
 	parts.Wait()
@@ -224,14 +245,11 @@ type server struct {
 	listeners []net.Listener
 }
 
-func (b *Broker) servers(l *listeners) []*server {
-	var unixServer, tcpServer = b.services.server(policy.ViaUnix), b.services.server(policy.ViaTCP)
-	return []*server{
-		{unixServer, l.unix},
-		{tcpServer, l.tcp},
-		{b.local(b.hookRoutes()), []net.Listener{l.hook}},
-		{b.local(b.adminRoutes()), []net.Listener{l.admin}},
-	}
+// servers are those for services, and those for the host's administrators.
+func (b *Broker) servers(l *listeners) (services, local []*server) {
+	services = []*server{{b.services.server(policy.ViaUnix), l.unix}, {b.services.server(policy.ViaTCP), l.tcp}}
+	local = []*server{{b.local(b.hookRoutes()), []net.Listener{l.hook}}, {b.local(b.adminRoutes()), []net.Listener{l.admin}}}
+	return services, local
 }
 
 // local is a server for the sockets that only this host's administrators reach.

@@ -3,10 +3,13 @@ package daemon
 import (
 	"context"
 	"errors"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
 
 	"keybroker/hypervisor"
 	"keybroker/inject"
@@ -16,6 +19,8 @@ import (
 const (
 	soon     = 20 * time.Millisecond  // to the next attempt when the guest is up and its agent is not
 	slowest  = 250 * time.Millisecond // most between attempts while the guest has something to ask for
+	askEvery = time.Second            // a guest may ask for keys this often,
+	askBurst = 20                     // after so many at once
 	patience = 30 * time.Second       // most between attempts when it has all, and may want a further key one day
 )
 
@@ -27,6 +32,7 @@ type guest struct {
 
 	ctx    context.Context // ends with the domain, or the broker
 	cancel context.CancelFunc
+	asks   *rate.Limiter // releases: each costs an fsync and two looks at libvirt
 	wake   chan struct{} // something changed: begin a boot window anew
 	hint   chan struct{} // tells a connected receiver to ask again
 	done   chan struct{}
@@ -39,14 +45,17 @@ type guest struct {
 	keys    []string
 }
 
-// guests are the running domains that have our metadata.
+// guests are the running domains that have our metadata, and those of which nobody can tell.
 type guests struct {
-	b  *Broker
-	mu sync.Mutex
-	by map[string]*guest
+	b          *Broker
+	mu         sync.Mutex
+	by         map[string]*guest
+	unreadable map[string]VMStatus // running domains whose definition cannot be read: they get no key, and status says why
 }
 
-func newGuests(b *Broker) *guests { return &guests{b: b, by: map[string]*guest{}} }
+func newGuests(b *Broker) *guests {
+	return &guests{b: b, by: map[string]*guest{}, unreadable: map[string]VMStatus{}}
+}
 
 func (g *guests) get(uuid string) *guest {
 	g.mu.Lock()
@@ -69,11 +78,13 @@ func (g *guests) begin(ctx context.Context, d hypervisor.Domain, p *hypervisor.P
 	ctx, cancel := context.WithCancel(ctx)
 	x := &guest{
 		b: g.b, domain: d, process: p, ctx: ctx, cancel: cancel, state: VMWaiting, changed: time.Now(), keys: d.Offered,
+		asks: rate.NewLimiter(rate.Every(askEvery), askBurst),
 		wake: make(chan struct{}, 1), hint: make(chan struct{}, 1), done: make(chan struct{}),
 	}
 	g.mu.Lock()
 	before := g.by[d.UUID]
 	g.by[d.UUID] = x
+	delete(g.unreadable, d.UUID)
 	g.mu.Unlock()
 	if before != nil {
 		before.end()
@@ -81,6 +92,33 @@ func (g *guests) begin(ctx context.Context, d hypervisor.Domain, p *hypervisor.P
 	go x.run()
 	go x.watchProcess()
 	return x
+}
+
+// refuse shows a domain whose definition cannot be read, unless it is known from when it could.
+func (g *guests) refuse(d hypervisor.Domain) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.by[d.UUID] != nil || g.unreadable[d.UUID].Why == d.Problem {
+		return
+	}
+	g.unreadable[d.UUID] = VMStatus{
+		UUID: d.UUID, Name: d.Name, Tier: inject.TierVM, PID: d.PID, State: VMRefused, Keys: []string{}, Sinks: []string{},
+		Code: string(inject.CodeBadMetadata), Why: d.Problem, Ticket: hypervisor.Ticket{}.String(), Changed: time.Now(),
+	}
+}
+
+// forget drops the domains whose definition could not be read that are not among these any more.
+func (g *guests) forget(still func(uuid string) bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	maps.DeleteFunc(g.unreadable, func(uuid string, _ VMStatus) bool { return !still(uuid) })
+}
+
+// refused lists the domains whose definition cannot be read.
+func (g *guests) refused() []VMStatus {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return slices.Collect(maps.Values(g.unreadable))
 }
 
 // end stops pushing to a domain. Only the process that the caller means is ended.
@@ -98,7 +136,11 @@ func (g *guests) end(uuid string, only *guest) {
 
 // endAll ends every connection, letting what is in flight be answered.
 func (g *guests) endAll() {
-	for _, x := range g.list() {
+	all := g.list()
+	for _, x := range all {
+		x.cancel() // all at once, and then wait
+	}
+	for _, x := range all {
 		g.end(x.domain.UUID, x)
 	}
 }

@@ -73,23 +73,23 @@ func (b *Broker) contradiction(e hypervisor.HookEvent) *inject.Refusal {
 	if d.Allow || r.Code == inject.CodeNoPolicy {
 		return nil
 	}
-	b.log.Warn("a start refused", "vm", e.Name, "uuid", e.UUID, "code", r.Code, "reason", r.Reason, "cause", r.Cause)
-	b.refused(inject.TierVM, e.UUID, b.hookRecord(e, r))
+	b.refused(inject.TierVM, e.UUID, b.hookRecord(e, r), r.Cause)
 	return &r
 }
 
 // started begins a boot: the process that the hook names runs the guest.
 func (b *Broker) started(e hypervisor.HookEvent) {
-	d := hypervisor.Domain{UUID: e.UUID, Name: e.Name, CID: e.CID, Tier: e.Tier, Offered: e.Offered, Metadata: true, Running: true, PID: e.PID}
-	if err := b.begin(d, "start", func(t *hypervisor.Ticket, boot hypervisor.Boot, seen hypervisor.Origin, gap hypervisor.AfterGap) bool {
-		return t.Started(boot, seen, gap)
-	}); err != nil {
+	d := e.Domain()
+	if err := b.begin(d, "start", (*hypervisor.Ticket).Started); err != nil {
 		b.log.Error("a VM started that gets no keys", "vm", d.Name, "err", err)
 	}
 }
 
+// ticketNews is what a ticket is told about a process that runs: Ticket.Started or Ticket.Gap.
+type ticketNews = func(*hypervisor.Ticket, hypervisor.Boot, hypervisor.Origin, hypervisor.AfterGap) bool
+
 // begin takes a domain's process in: it holds a pidfd, settles the ticket by news, and starts pushing.
-func (b *Broker) begin(d hypervisor.Domain, cause string, news func(*hypervisor.Ticket, hypervisor.Boot, hypervisor.Origin, hypervisor.AfterGap) bool) error {
+func (b *Broker) begin(d hypervisor.Domain, cause string, news ticketNews) error {
 	p, err := b.process(d)
 	if err != nil {
 		return err

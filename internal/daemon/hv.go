@@ -72,62 +72,80 @@ func (b *Broker) reset(uuid string) {
 // lifecycle takes libvirt's own word on starts and ends, which confirms the hook's or stands in for it.
 func (b *Broker) lifecycle(e libvirt.Event) {
 	x := b.guests.get(e.UUID)
+	if x != nil && !x.process.Alive() {
+		boot := x.boot()
+		b.ticket(e.UUID, "process ended", func(t *hypervisor.Ticket) bool { return t.Gone(boot) })
+		b.guests.end(e.UUID, x)
+		x = nil
+	}
 	switch {
-	case e.Change == libvirt.Started && x == nil:
-		b.missed(e)
-	case e.Change == libvirt.Started:
+	case e.Change == libvirt.Stopped:
+		b.guests.forget(func(uuid string) bool { return uuid != e.UUID })
+	case e.Change == libvirt.Started && x != nil:
 		b.ticket(e.UUID, "started", func(t *hypervisor.Ticket) bool { return t.Observed(e.Origin) })
 		x.restart(false) // who asked while libvirt was not done with the start may ask again
-	case e.Change == libvirt.Stopped && x != nil && !x.process.Alive():
-		boot := x.boot()
-		b.ticket(e.UUID, "stopped", func(t *hypervisor.Ticket) bool { return t.Gone(boot) })
-		b.guests.end(e.UUID, x)
+	case e.Change == libvirt.Started, e.Change == libvirt.Resumed && x == nil: // a restored guest starts paused
+		b.missed(e)
 	}
 }
 
 // missed takes in a domain whose hook did not reach this broker. Asking libvirt about it here is free: no hook runs now.
 func (b *Broker) missed(e libvirt.Event) {
-	ctx, cancel := context.WithTimeout(b.running, liveTimeout)
-	defer cancel()
-	d, err := b.libvirt.Live(ctx, e.UUID)
+	d, err := b.libvirt.Live(b.running, e.UUID)
 	if err != nil {
 		b.log.Warn("a VM started that cannot be looked up", "vm", e.Name, "err", err)
+		b.findUnreadable(b.running, e.UUID)
 		return
 	}
-	b.takeIn(d, e.Origin)
+	b.takeIn(d, "started", func(t *hypervisor.Ticket, boot hypervisor.Boot, seen hypervisor.Origin, gap hypervisor.AfterGap) bool {
+		if e.Origin != hypervisor.OriginUnknown {
+			seen = e.Origin
+		}
+		return t.Started(boot, seen, gap)
+	})
+}
+
+// findUnreadable shows in status that a domain could not be looked up, where its definition is the reason.
+func (b *Broker) findUnreadable(ctx context.Context, uuid string) {
+	running, err := b.libvirt.List(ctx)
+	if err != nil {
+		return
+	}
+	for _, d := range running {
+		if d.UUID == uuid && d.Problem != "" {
+			b.guests.refuse(d)
+		}
+	}
 }
 
 // reconcile compares libvirt's list with what the broker knows. Whatever ran during the gap may have reset unseen.
 func (b *Broker) reconcile(running []hypervisor.Domain) {
-	known := map[string]bool{}
+	known, unreadable := map[string]bool{}, map[string]bool{}
 	for _, d := range running {
 		known[d.UUID] = true
 		if d.Problem != "" {
 			b.log.Warn("a VM whose definition cannot be read gets no key", "vm", d.Name, "problem", d.Problem)
+			unreadable[d.UUID] = true
+			b.guests.refuse(d)
 			continue
 		}
-		b.takeIn(d, hypervisor.OriginUnknown)
+		b.takeIn(d, "gap in events", (*hypervisor.Ticket).Gap)
 	}
 	for _, x := range b.guests.list() {
 		if !known[x.domain.UUID] && !x.process.Alive() {
 			b.guests.end(x.domain.UUID, x)
 		}
 	}
+	b.guests.forget(func(uuid string) bool { return unreadable[uuid] })
 	b.endMissing(known)
 }
 
-// takeIn begins with a running domain that has our metadata, as one whose events may have been missed.
-func (b *Broker) takeIn(d hypervisor.Domain, origin hypervisor.Origin) {
+// takeIn begins with a running domain that has our metadata and that the hook has not announced.
+func (b *Broker) takeIn(d hypervisor.Domain, cause string, news ticketNews) {
 	if !d.Metadata {
 		return
 	}
-	err := b.begin(d, "gap in events", func(t *hypervisor.Ticket, boot hypervisor.Boot, seen hypervisor.Origin, gap hypervisor.AfterGap) bool {
-		if origin != hypervisor.OriginUnknown {
-			seen = origin
-		}
-		return t.Gap(boot, seen, gap)
-	})
-	if err != nil {
+	if err := b.begin(d, cause, news); err != nil {
 		b.log.Warn("a running VM gets no key", "vm", d.Name, "err", err)
 	}
 }

@@ -122,6 +122,10 @@ func (r *realm) run(ctx context.Context, page *os.File, ready func()) error {
 
 func (r *realm) adopt(h *derive.Holder) {
 	r.mu.Lock()
+	select { // a lock of the one before
+	case <-r.locked:
+	default:
+	}
 	r.holder = h
 	r.mu.Unlock()
 	r.set(realmOpen, "")
@@ -327,7 +331,7 @@ func (r *realm) follow(report io.Reader, waiting func()) (last openerStatus) {
 }
 
 // lock ends the keyholder and the copy that systemd keeps; only a slot opens the realm again.
-func (r *realm) lock() error {
+func (r *realm) lock(by string) error {
 	r.mu.Lock()
 	open := r.holder != nil
 	if open {
@@ -344,7 +348,7 @@ func (r *realm) lock() error {
 	default:
 	}
 	signal(r.locked)
-	r.record(audit.EventLock, "by an administrator")
+	r.record(audit.EventLock, "by "+by)
 	return nil
 }
 

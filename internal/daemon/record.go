@@ -71,10 +71,14 @@ func (b *Broker) recordTicket(uuid, cause string, t hypervisor.Ticket) {
 }
 
 // refused counts a refusal and records it; repeated ones of one peer are folded into one record.
-func (b *Broker) refused(tier, peer string, r audit.Record) {
+func (b *Broker) refused(tier, peer string, r audit.Record, cause error) {
 	b.metrics.refused(tier, inject.Code(r.Code))
-	if err := b.folder.Refuse(peer, r); err != nil {
+	written, err := b.folder.Refuse(peer, r)
+	if err != nil {
 		b.log.Error("writing the audit", "err", err)
+	}
+	if written { // the journal is no more of a peer's to fill than the audit is
+		b.log.Warn("refused", "tier", tier, "subject", r.Subject, "code", r.Code, "reason", r.Reason, "rule", r.Rule, "cause", cause)
 	}
 }
 

@@ -23,7 +23,6 @@ type vmRecord struct {
 	Name        string            `json:"name"`
 	Ticket      hypervisor.Ticket `json:"ticket"`
 	Denied      bool              `json:"denied,omitzero"` // by an administrator
-	Keys        []string          `json:"keys,omitzero"`   // last asked for
 	Sinks       []string          `json:"sinks,omitzero"`  // last acknowledged
 	Releases    int               `json:"releases,omitzero"`
 	LastRelease time.Time         `json:"last_release,omitzero"`

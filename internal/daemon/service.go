@@ -5,14 +5,20 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"net"
 	"net/http"
 	"net/netip"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"golang.org/x/time/rate"
 
 	"keybroker/derive"
 	"keybroker/inject"
@@ -26,59 +32,138 @@ import (
 // rebinding, request forgery, forwarders.
 var foreign = []string{"Origin", "Referer", "Via", "Forwarded", "X-Real-Ip"}
 
+const (
+	answerTime  = 10 * time.Second // for an answer to be taken: a caller that does not read is not waited for
+	maxRefusing = 64               // connections that wait to be told why they get nothing
+)
+
 // services serve tier 1: keys of the host's own services.
 type services struct {
-	b       *Broker
-	callers *caller.Resolver
+	b        *Broker
+	reserve  sync.Map // uid -> *rate.Limiter
+	callers  *caller.Resolver
+	epochs   map[string]epochRecord // those of the store, which nothing changes while the broker runs
+	released prometheus.Counter
+	digest   atomic.Pointer[policyDigest]
 
-	mu     sync.Mutex
-	conns  map[net.Conn]*caller.Caller // whose each open connection is
-	byUID  map[uint32]int              // how many each caller has
-	counts map[string]int              // answers by code
+	mu       sync.Mutex
+	conns    map[net.Conn]*caller.Caller // whose each open connection is
+	byUID    map[uint32]int              // how many each caller has
+	refusing map[net.Conn]struct{}       // open connections that get nothing but a refusal
+	answers  map[inject.Code]int         // refusals
+	keys     atomic.Int64                // answers with a key
+}
+
+// policyDigest keeps the hexadecimal form of a policy's digest, which every record has.
+type policyDigest struct {
+	of  *policy.Policy
+	hex string
 }
 
 func newServices(b *Broker) (*services, error) {
+	debug.SetGCPercent(400)
 	callers, err := caller.New(caller.Config{})
 	if err != nil {
 		return nil, err
 	}
-	return &services{b: b, callers: callers, conns: map[net.Conn]*caller.Caller{}, byUID: map[uint32]int{}, counts: map[string]int{}}, nil
+	epochs, err := serviceEpochs(b.store)
+	if err != nil {
+		return nil, err
+	}
+	return &services{
+		b: b, callers: callers, epochs: epochs, released: b.metrics.releases.WithLabelValues("service"),
+		conns: map[net.Conn]*caller.Caller{}, byUID: map[uint32]int{}, refusing: map[net.Conn]struct{}{}, answers: map[inject.Code]int{},
+	}, nil
 }
 
-// server makes the HTTP server of one door.
+// serviceEpochs reads the epochs of all services that ever had a second one.
+func serviceEpochs(from *store.Store) (map[string]epochRecord, error) {
+	epochs := map[string]epochRecord{}
+	err := from.View(func(tx store.Tx) error {
+		return tx.ForEach(bucketEpochs, func(key string, _ []byte) error {
+			name, ok := strings.CutPrefix(key, serviceEpochKey(""))
+			if !ok {
+				return nil
+			}
+			e, err := getEpoch(tx, key)
+			epochs[name] = e
+			return err
+		})
+	})
+	return epochs, err
+}
+
+// server makes the HTTP server of one door. A request has as long for all of it as for its header: none has a body.
 func (s *services) server(via string) *http.Server {
 	l := s.b.cfg.Limits
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /v1/keys/{service}", func(w http.ResponseWriter, r *http.Request) { s.serveKey(w, r, via) })
-	mux.HandleFunc("GET /healthz", s.health)
 	return &http.Server{
-		Handler: mux, ReadHeaderTimeout: l.HeaderTimeout, IdleTimeout: l.IdleTimeout, MaxHeaderBytes: 8 << 10,
-		ConnContext: s.identify, ConnState: s.closed, ErrorLog: slog.NewLogLogger(s.b.log.Handler(), slog.LevelDebug),
+		Handler:           http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { s.route(w, r, via) }),
+		ReadHeaderTimeout: l.HeaderTimeout, ReadTimeout: l.HeaderTimeout, WriteTimeout: answerTime, IdleTimeout: l.IdleTimeout,
+		MaxHeaderBytes: 8 << 10,
+		ConnContext:    s.identify, ConnState: s.closed, ErrorLog: slog.NewLogLogger(s.b.log.Handler(), slog.LevelDebug),
+	}
+}
+
+// route does what a ServeMux would for two routes, and leaves out what takes one time: it matches, and neither redirects nor
+// takes HEAD for a GET, which would release a key to nobody.
+func (s *services) route(w http.ResponseWriter, r *http.Request, via string) {
+	name, isKey := strings.CutPrefix(r.URL.Path, "/v1/keys/")
+	switch {
+	case !(isKey && name != "" && !strings.Contains(name, "/")) && r.URL.Path != "/healthz":
+		http.NotFound(w, r)
+	case r.Method != http.MethodGet:
+		w.Header().Set("Allow", http.MethodGet)
+		http.Error(w, "only GET is served here", http.StatusMethodNotAllowed)
+	case isKey:
+		s.serveKey(w, r, name, via)
+	default:
+		s.health(w)
 	}
 }
 
 type callerKey struct{}
 
-// peer is who the kernel says is at the other end of a connection, or why it cannot say.
+// peer is who the kernel says is at the other end of a connection, or why it cannot say. What does not change while the
+// connection lasts is written down once.
 type peer struct {
-	who *caller.Caller
-	err error
+	who    *caller.Caller
+	claims policy.Claims
+	audit  *audit.Caller
+	err    error
+}
+
+func newPeer(who *caller.Caller, via string) *peer {
+	unit := who.Unit()
+	return &peer{
+		who: who, audit: &audit.Caller{UID: who.UID, Unit: unit, PID: int32(who.PID)},
+		claims: policy.Claims{UID: who.UID, Via: via, MatchUnit: who.MatchUnit, Unit: unit, NoUnit: who.NoUnit},
+	}
 }
 
 // identify asks the kernel about a new connection's other end, once, when it is accepted.
 func (s *services) identify(ctx context.Context, c net.Conn) context.Context {
-	var p peer
+	var p *peer
+	var who *caller.Caller
+	var err error
 	switch c := c.(type) {
 	case *net.UnixConn:
-		p.who, p.err = s.callers.FromUnix(c)
+		if who, err = s.callers.FromUnix(c); err == nil {
+			p = newPeer(who, policy.ViaUnix)
+		}
 	case *net.TCPConn:
-		p.who, p.err = s.callers.FromTCP(c)
+		if who, err = s.callers.FromTCP(c); err == nil {
+			p = newPeer(who, policy.ViaTCP)
+		}
 	default:
-		p.err = fmt.Errorf("a connection of type %T", c)
+		err = fmt.Errorf("a connection of type %T", c)
 	}
-	if p.err == nil && !s.admit(c, p.who) {
-		p.who.Close()
-		p.err = refusal(inject.CodeBusy, "this user has %d connections open already", s.b.cfg.Limits.ConnectionsPerCaller)
+	if err == nil && !s.admit(c, who) {
+		who.Close()
+		err = refusal(inject.CodeBusy, "this user has %d connections open already", s.b.cfg.Limits.ConnectionsPerCaller)
+	}
+	if err != nil {
+		p = &peer{err: err}
+		s.linger(c)
 	}
 	return context.WithValue(ctx, callerKey{}, p)
 }
@@ -96,12 +181,25 @@ func (s *services) admit(c net.Conn, who *caller.Caller) bool {
 	return true
 }
 
+// linger keeps a connection that gets nothing open until its first request is answered with the reason. When there are many
+// such it is closed instead: whoever opens them faster than they run into their deadline must not use up the descriptors.
+func (s *services) linger(c net.Conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.refusing) >= maxRefusing {
+		c.Close()
+		return
+	}
+	s.refusing[c] = struct{}{}
+}
+
 func (s *services) closed(c net.Conn, state http.ConnState) {
 	if state != http.StateClosed && state != http.StateHijacked {
 		return
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	delete(s.refusing, c)
 	who, ok := s.conns[c]
 	if !ok {
 		return
@@ -114,7 +212,7 @@ func (s *services) closed(c net.Conn, state http.ConnState) {
 	}
 }
 
-func (s *services) health(w http.ResponseWriter, _ *http.Request) {
+func (s *services) health(w http.ResponseWriter) {
 	if _, err := s.b.realm.current(); err != nil {
 		http.Error(w, string(inject.CodeLocked), http.StatusServiceUnavailable)
 		return
@@ -129,59 +227,67 @@ type serviceKey struct {
 	Key     inject.Octets `json:"key"`
 }
 
-// serveKey answers GET /v1/keys/{service}.
-func (s *services) serveKey(w http.ResponseWriter, r *http.Request, via string) {
-	key, epoch, err := s.release(r, via)
+// Header values of every answer with a key. net/http only reads them.
+var (
+	noStore = []string{"no-store"}
+	octets  = []string{"application/octet-stream"}
+)
+
+// serveKey answers GET /v1/keys/{name}.
+func (s *services) serveKey(w http.ResponseWriter, r *http.Request, name, via string) {
+	key, epoch, err := s.release(r, name, via)
 	if err != nil {
-		refused := inject.AsRefusal(err)
-		s.countAnswer(string(refused.Code))
-		w.Header().Set("Connection", "close")
-		answerRefusal(w, refused)
+		s.refuse(w, inject.AsRefusal(err))
 		return
 	}
 	defer key.Wipe()
-	s.countAnswer("released")
-	s.b.metrics.released("service")
-	octets, err := key.Octets()
+	raw, err := key.Octets()
 	if err != nil {
-		answerRefusal(w, inject.AsRefusal(err))
+		s.refuse(w, inject.AsRefusal(err))
 		return
 	}
-	w.Header().Set("Cache-Control", "no-store")
+	s.keys.Add(1)
+	s.released.Inc()
+	h := w.Header()
+	h["Cache-Control"] = noStore
 	if strings.Contains(r.Header.Get("Accept"), "application/json") {
-		answerJSON(w, http.StatusOK, serviceKey{Service: r.PathValue("service"), Epoch: epoch, Key: octets})
+		answerJSON(w, http.StatusOK, serviceKey{Service: name, Epoch: epoch, Key: raw})
 		return
 	}
-	w.Header().Set("Content-Type", "application/octet-stream")
-	w.Write(octets) // the client may be gone
+	h["Content-Type"] = octets
+	w.Write(raw) // the client may be gone
+}
+
+func (s *services) refuse(w http.ResponseWriter, r inject.Refusal) {
+	s.mu.Lock()
+	s.answers[r.Code]++
+	s.mu.Unlock()
+	w.Header().Set("Connection", "close")
+	answerRefusal(w, r)
 }
 
 // release decides, records and derives: no record, no key.
-func (s *services) release(r *http.Request, via string) (key derive.ServiceKey, epoch uint32, err error) {
-	p, ok := r.Context().Value(callerKey{}).(peer)
+func (s *services) release(r *http.Request, name, via string) (key derive.ServiceKey, epoch uint32, err error) {
+	p, ok := r.Context().Value(callerKey{}).(*peer)
 	if !ok || p.err != nil {
-		return key, 0, s.unidentified(p.err)
+		return key, 0, s.unidentified(p)
 	}
-	name := r.PathValue("service")
-	d, err := s.decide(r, p.who, name, via)
+	d, err := s.decide(r, p, name, via)
 	if err != nil {
-		return key, 0, s.refused(p.who, name, d.Rule, inject.AsRefusal(err))
+		return key, 0, s.refused(p, name, d.Rule, inject.AsRefusal(err))
 	}
 	holder, err := s.b.realm.current()
 	if err != nil {
-		return key, 0, s.refused(p.who, name, d.Rule, inject.AsRefusal(err))
+		return key, 0, s.refused(p, name, d.Rule, inject.AsRefusal(err))
 	}
-	e, err := s.epoch(name)
-	if err == nil {
-		epoch, err = e.pick(wantedEpoch(r))
-	}
-	if err != nil {
-		return key, 0, s.refused(p.who, name, d.Rule, inject.AsRefusal(err))
+	e := s.epoch(name)
+	if epoch, err = e.pick(wantedEpoch(r)); err != nil {
+		return key, 0, s.refused(p, name, d.Rule, inject.AsRefusal(err))
 	}
 	if err := p.who.Still(r.Context()); err != nil { // the port may be another's by now
-		return key, 0, s.refused(p.who, name, d.Rule, inject.Refusal{Code: inject.CodeUnknownPeer, Reason: "the caller is gone", Cause: err})
+		return key, 0, s.refused(p, name, d.Rule, inject.Refusal{Code: inject.CodeUnknownPeer, Reason: "the caller is gone", Cause: err})
 	}
-	if err := s.record(p.who, name, epoch, d.Rule); err != nil {
+	if err := s.record(p, name, epoch, d.Rule); err != nil {
 		return key, 0, err
 	}
 	key, err = holder.ServiceKey(r.Context(), e.Generation, name, epoch, d.Length)
@@ -189,14 +295,14 @@ func (s *services) release(r *http.Request, via string) (key derive.ServiceKey, 
 }
 
 // decide holds a request to the rules of the door and then to policy.
-func (s *services) decide(r *http.Request, who *caller.Caller, name, via string) (policy.Decision, error) {
+func (s *services) decide(r *http.Request, p *peer, name, via string) (policy.Decision, error) {
 	if err := checkHeaders(r, via); err != nil {
 		return policy.Decision{}, err
 	}
 	if err := checkEpoch(r); err != nil {
 		return policy.Decision{}, err
 	}
-	d := s.b.policy().Service(name, policy.Claims{UID: who.UID, Via: via, MatchUnit: who.MatchUnit, Unit: who.Unit(), NoUnit: who.NoUnit})
+	d := s.b.policy().Service(name, p.claims)
 	if !d.Allow {
 		return d, decisionRefusal(d)
 	}
@@ -243,25 +349,31 @@ func checkEpoch(r *http.Request) error {
 
 // wantedEpoch reads what checkEpoch has checked; 0 is the current one.
 func wantedEpoch(r *http.Request) uint32 {
-	n, err := strconv.ParseUint(strings.TrimPrefix(r.URL.RawQuery, "epoch="), 10, 32)
+	text, ok := strings.CutPrefix(r.URL.RawQuery, "epoch=")
+	if !ok {
+		return 0
+	}
+	n, err := strconv.ParseUint(text, 10, 32)
 	if err != nil {
 		return 0
 	}
 	return uint32(n)
 }
 
-// epoch reads a service's epochs; one that never had a second has no record.
-func (s *services) epoch(name string) (e epochRecord, err error) {
-	err = s.b.store.View(func(tx store.Tx) error {
-		e, err = getEpoch(tx, serviceEpochKey(name))
-		return err
-	})
-	return e, err
+// epoch returns a service's epochs; one that never had a second has no record.
+func (s *services) epoch(name string) epochRecord {
+	if e, ok := s.epochs[name]; ok {
+		return e
+	}
+	return firstEpoch()
 }
 
 // record writes the audit record of a release before the key leaves.
-func (s *services) record(who *caller.Caller, name string, epoch uint32, rule string) error {
-	r := s.auditRecord(who, name)
+func (s *services) record(p *peer, name string, epoch uint32, rule string) error {
+	if s.b.audit.Stats().Low && !s.lowDisk(p.who.UID).Allow() {
+		return refusal(inject.CodeBusy, "the disk is full, and this user asks too often for the reserve that is left")
+	}
+	r := s.auditRecord(p, name)
 	r.Event, r.Decision, r.Rule = audit.EventRelease, audit.Granted, rule
 	r.Names, r.Epochs = []string{name}, []uint32{epoch}
 	durability := audit.Written
@@ -274,42 +386,56 @@ func (s *services) record(who *caller.Caller, name string, epoch uint32, rule st
 	return nil
 }
 
-func (s *services) auditRecord(who *caller.Caller, name string) audit.Record {
-	return audit.Record{
-		Tier: "service", Subject: name, Policy: s.b.policy().Digest(),
-		Caller: &audit.Caller{UID: who.UID, Unit: who.Unit(), PID: int32(who.PID)},
-	}
+// lowDisk limits each user while the audit log lives on its reserve, so that none uses it up for all. The users are those that
+// policy lets have a key.
+func (s *services) lowDisk(uid uint32) *rate.Limiter {
+	l, _ := s.reserve.LoadOrStore(uid, rate.NewLimiter(rate.Every(time.Minute), 10))
+	return l.(*rate.Limiter)
 }
 
-func (s *services) refused(who *caller.Caller, name, rule string, r inject.Refusal) inject.Refusal {
-	record := s.auditRecord(who, name)
+func (s *services) auditRecord(p *peer, name string) audit.Record {
+	return audit.Record{Tier: "service", Subject: name, Policy: s.policyDigest(), Caller: p.audit}
+}
+
+// policyDigest returns the digest of the policy in force.
+func (s *services) policyDigest() string {
+	now := s.b.policy()
+	d := s.digest.Load()
+	if d == nil || d.of != now {
+		d = &policyDigest{now, now.Digest()}
+		s.digest.Store(d)
+	}
+	return d.hex
+}
+
+func (s *services) refused(p *peer, name, rule string, r inject.Refusal) inject.Refusal {
+	record := s.auditRecord(p, name)
 	record.Event, record.Decision, record.Code, record.Reason, record.Rule = audit.EventRefusal, audit.Refused, string(r.Code), r.Reason, rule
-	s.b.refused("service", "uid "+strconv.FormatUint(uint64(who.UID), 10), record)
+	s.b.refused("service", "uid "+strconv.FormatUint(uint64(p.who.UID), 10), record, r.Cause)
 	return r
 }
 
 // unidentified refuses a caller whom the kernel does not name: it is told the code and no more.
-func (s *services) unidentified(err error) inject.Refusal {
-	r := inject.Refusal{Code: inject.CodeUnknownPeer, Cause: err}
-	if known := (inject.Refusal{}); errors.As(err, &known) {
-		r = known
+func (s *services) unidentified(p *peer) inject.Refusal {
+	r, reason := inject.Refusal{Code: inject.CodeUnknownPeer}, "no caller"
+	if p != nil {
+		r.Cause, reason = p.err, p.err.Error()
+		errors.As(p.err, &r)
 	}
-	reason := "no caller"
-	if err != nil {
-		reason = err.Error()
-	}
-	s.b.refused("service", "unknown", audit.Record{Event: audit.EventRefusal, Decision: audit.Refused, Code: string(r.Code), Reason: reason, Tier: "service"})
+	s.b.refused("service", "unknown", audit.Record{Event: audit.EventRefusal, Decision: audit.Refused, Code: string(r.Code), Reason: reason, Tier: "service"}, nil)
 	return r
 }
 
-func (s *services) countAnswer(code string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.counts[code]++
-}
-
+// counters are the answers since the start, by refusal code and for those with a key.
 func (s *services) counters() map[string]int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return maps.Clone(s.counts)
+	all := map[string]int{}
+	for code, n := range s.answers {
+		all[string(code)] = n
+	}
+	if n := s.keys.Load(); n > 0 {
+		all["released"] = int(n)
+	}
+	return all
 }

@@ -70,7 +70,6 @@ const (
 	VMRefused  = "refused"
 	VMGaveUp   = "gave-up" // nothing answered within the boot window
 	VMQuiet    = "quiet"   // nothing to give: restored, or done before this broker started
-	VMStopped  = "stopped"
 )
 
 // VMStatus is one domain that has keybroker's metadata.
@@ -85,7 +84,7 @@ type VMStatus struct {
 	Sinks       []string  `json:"sinks"`            // as the agent acknowledged
 	Code        string    `json:"code,omitzero"`    // of the last refusal, while it stands
 	Why         string    `json:"why,omitzero"`     // likewise, with what to do
-	Ticket      string    `json:"ticket"`           // none, unused, used
+	Ticket      string    `json:"ticket"`           // as `status` says it: none, unused, presumed, used, ...
 	Presumed    bool      `json:"presumed"`         // the ticket was made after a gap in the events
 	Releases    int       `json:"releases"`         // in this boot
 	LastRelease time.Time `json:"last_release"`     // zero: never

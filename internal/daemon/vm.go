@@ -15,15 +15,16 @@ import (
 	"keybroker/internal/store"
 )
 
-// liveTimeout bounds one look at libvirt's live definition: a hung libvirtd costs a guest no more than this at a time.
-const liveTimeout = 2 * time.Second
-
 // door is what the release protocol knows of a connection to this guest. The guest's identity is the connection's other end:
 // a CID that the broker dialled because libvirt gave it to this domain's process.
 func (x *guest) door() inject.Door {
 	return inject.Door{
 		Tier: inject.TierVM,
 		Offer: func(context.Context, string) (string, []string, error) {
+			select { // it asks now: what it was to be told before is settled
+			case <-x.hint:
+			default:
+			}
 			return x.domain.UUID, x.domain.Offered, nil
 		},
 		Decide:  x.decide,
@@ -43,6 +44,9 @@ func (x *guest) decide(ctx context.Context, c *inject.Claim) (*inject.Grant, err
 }
 
 func (x *guest) decision(ctx context.Context, c *inject.Claim) (g *inject.Grant, rule string, err error) {
+	if !x.asks.Allow() {
+		return nil, "", refusal(inject.CodeBusy, "this VM asks too often")
+	}
 	if err := x.live(ctx, c.Subject); err != nil {
 		return nil, "", err
 	}
@@ -80,8 +84,6 @@ func (x *guest) live(ctx context.Context, subject string) error {
 	if !x.process.Alive() {
 		return refusal(inject.CodePeerMismatch, "the process of this domain has ended")
 	}
-	ctx, cancel := context.WithTimeout(ctx, liveTimeout)
-	defer cancel()
 	d, err := x.b.libvirt.Live(ctx, x.domain.UUID)
 	switch {
 	case errors.Is(err, libvirt.ErrNotRunning), errors.Is(err, libvirt.ErrNotFound), errors.Is(err, libvirt.ErrAddressTaken):
@@ -90,8 +92,6 @@ func (x *guest) live(ctx context.Context, subject string) error {
 		return inject.Refusal{Code: inject.CodeHypervisor, Reason: "libvirt cannot be asked about this domain", Next: "`keybroker status` says why; the guest may ask again", Cause: err}
 	}
 	switch {
-	case !d.Running:
-		return refusal(inject.CodePeerMismatch, "libvirt says that this domain is not running")
 	case d.CID != x.domain.CID || d.CID <= 2:
 		return refusal(inject.CodePeerMismatch, "libvirt gives this domain CID %d, the connection is to CID %d", d.CID, x.domain.CID)
 	case !x.process.Alive():
@@ -142,14 +142,17 @@ type granted struct {
 
 // take gives the ticket to the receiver and settles every key and epoch, in one transaction: all of it or nothing.
 func (x *guest) take(entry *policy.VM, c *inject.Claim) (grants []granted, err error) {
-	_, err = x.b.changeVM(x.domain.UUID, func(tx store.Tx, r *vmRecord) (bool, error) {
+	replaced := false
+	after, err := x.b.changeVM(x.domain.UUID, func(tx store.Tx, r *vmRecord) (bool, error) {
 		grants = nil
+		before := r.Ticket.Replacements
 		if boot := x.boot(); !boot.SameProcess(r.Ticket.Boot) {
 			return false, refusal(inject.CodeNoTicket, "this boot (%v) has no ticket", boot)
 		}
 		if _, err := r.Ticket.Take(hypervisor.Receiver(c.Receiver)); err != nil {
 			return false, ticketRefusal(err, x.domain.Name)
 		}
+		replaced = r.Ticket.Replacements > before
 		for _, w := range c.Want {
 			one, err := grantOf(tx, entry, w)
 			if err != nil {
@@ -157,11 +160,14 @@ func (x *guest) take(entry *policy.VM, c *inject.Claim) (grants []granted, err e
 			}
 			grants = append(grants, one)
 		}
-		r.Name, r.Keys = x.domain.Name, wantedNames(c)
+		r.Name = x.domain.Name
 		r.Releases++
 		r.LastRelease = time.Now().UTC()
 		return true, nil
 	})
+	if replaced && err == nil {
+		x.b.recordTicket(x.domain.UUID, "another receiver before the first acknowledgement", after.Ticket)
+	}
 	return grants, err
 }
 
@@ -277,8 +283,7 @@ func (x *guest) refuse(c *inject.Claim, rule string, r inject.Refusal) inject.Re
 	record := x.auditRecord(c)
 	record.Event, record.Decision, record.Code = audit.EventRefusal, audit.Refused, string(r.Code)
 	record.Rule, record.Reason = rule, r.Reason
-	x.b.refused(inject.TierVM, x.domain.UUID, record)
-	x.b.log.Warn("refused", "vm", x.domain.Name, "code", r.Code, "reason", r.Reason, "rule", rule, "cause", r.Cause)
+	x.b.refused(inject.TierVM, x.domain.UUID, record, r.Cause)
 	return r
 }
 

@@ -16,9 +16,9 @@ import (
 // dialTimeout bounds one attempt; a guest whose driver is not up yet answers nothing at all.
 const dialTimeout = 2 * time.Second
 
-// dialGuest connects to a guest's vsock port from a source port below 1024, which is how the guest tells the broker from
+// DialGuest connects to a guest's vsock port from a source port below 1024, which is how the guest tells the broker from
 // other processes of this host. It needs CAP_NET_BIND_SERVICE.
-func dialGuest(ctx context.Context, cid, port uint32) (net.Conn, error) {
+func DialGuest(ctx context.Context, cid, port uint32) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
 	c, err := socket.Socket(unix.AF_VSOCK, unix.SOCK_STREAM, 0, "vsock", nil)
@@ -75,4 +75,17 @@ func (c *guestConn) netError(op string, err error) error {
 		return err
 	}
 	return &net.OpError{Op: op, Net: "vsock", Source: c.local, Addr: c.remote, Err: err}
+}
+
+// checkVhost refuses a vhost-vsock device that more than root and one group may open: whoever can is any free CID. A host without
+// the device has no VMs to serve.
+func checkVhost(path string) error {
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return nil
+	}
+	if st.Mode&0o007 != 0 {
+		return fmt.Errorf("%s has mode %04o, so that any user can take a VM's place: `chmod 660 %s` (and mend the udev rule), or libvirt = [] in broker.toml", path, st.Mode&0o777, path)
+	}
+	return nil
 }
