@@ -83,7 +83,7 @@ func (g *globals) verifyAudit(f verifyFlags) error {
 	printReport(g.stdout, dir, stored, f.identities, report)
 	if !report.OK() {
 		return hintedError{fmt.Errorf("%w in %s", audit.ErrBroken, several(len(report.Breaks)+report.MoreBreaks, "place")),
-			"keep a copy of the folder; `keybroker audit reset` sets the log aside and begins a new one"}
+			"keep a copy of the folder; `keybroker audit reset --reason TEXT` sets the log aside and begins a new one"}
 	}
 	return nil
 }

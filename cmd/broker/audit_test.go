@@ -195,6 +195,10 @@ func TestAuditReset(t *testing.T) {
 	if _, errs, status := s.keybroker(t, "init", "--slot", "passphrase", "--passphrase-file", pass); status != exitOK {
 		t.Fatal(errs)
 	}
+	var err error
+	if s.head, err = storedHead(s.p.Store); err != nil { // init wrote a record too
+		t.Fatal(err)
+	}
 	reset := []string{"audit", "reset", "--reason", "disk was restored"}
 	if _, errs, status := s.keybroker(t, reset...); status != exitFailure || !strings.Contains(errs, "whole") {
 		t.Errorf("a whole log: status %d, %s", status, errs)

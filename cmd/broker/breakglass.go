@@ -4,15 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
-	"os"
 
 	"github.com/spf13/cobra"
 
 	"keybroker/derive"
 	"keybroker/internal/audit"
-	"keybroker/internal/daemon"
-	"keybroker/internal/store"
 )
 
 // deriveFlags are those of `key derive`.
@@ -101,34 +97,13 @@ func (f *deriveFlags) derive(s *derive.Schedule, name string) ([]byte, func(), e
 	return octets, k.Wipe, err
 }
 
-// recordBreakGlass writes the audit record, on disk when it returns. It fails while a broker has the log.
+// recordBreakGlass writes the audit record. It fails while a broker has the log.
 func (g *globals) recordBreakGlass(s *derive.Schedule, name string, f *deriveFlags) error {
-	paths, err := g.paths()
-	if err != nil {
-		return err
-	}
-	state, err := store.Open(paths.Store)
-	if err != nil {
-		return err
-	}
-	defer state.Close()
-	log, err := audit.Open(audit.Config{
-		Dir: paths.AuditDir, Realm: s.RealmID().String(), Logger: slog.New(slog.DiscardHandler), Reserve: -1,
-		Sign:     func(_ context.Context, fields ...[]byte) ([]byte, error) { return s.Sign(audit.Label, fields...) },
-		LoadHead: func() (audit.Head, error) { return daemon.LoadHead(state) },
-		SaveHead: func(h audit.Head) error { return daemon.SaveHead(state, h) },
-	})
-	if err != nil {
-		return err
-	}
-	defer log.Close(context.Background())
 	r := audit.Record{
 		Event: audit.EventBreakGlass, Decision: audit.Granted, Tier: "service", Subject: name, Names: []string{name}, Epochs: []uint32{f.epoch},
-		Caller: &audit.Caller{UID: uint32(os.Getuid()), PID: int32(os.Getpid())},
 	}
 	if f.vm != "" {
 		r.Tier, r.Subject = "vm", f.vm
 	}
-	_, err = log.Append(r, audit.Durable)
-	return err
+	return g.record(s, r)
 }

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"text/tabwriter"
 
@@ -19,6 +20,8 @@ import (
 	"keybroker/derive"
 	"keybroker/internal/config"
 	"keybroker/internal/daemon"
+	"keybroker/seal"
+	"keybroker/seal/tpm2"
 )
 
 // finding is one thing that doctor looked at.
@@ -70,20 +73,21 @@ func (g *globals) report(findings []finding) error {
 
 func examine(ctx context.Context, g *globals, cfg *config.Config, paths config.Paths) []finding {
 	found := []finding{
-		checkTPM(cfg.TPM),
+		checkTPM(cfg.TPM, paths.Realm),
 		checkSecretMemory(),
 		checkRealm(paths.Realm),
 	}
-	if len(cfg.Libvirt) > 0 {
-		found = append(found, checkVhost("/dev/vhost-vsock"), checkLibvirt(cfg.Libvirt), checkHook(hookPath), checkHookSeen(ctx))
-	}
+	found = append(found, checkVMs(ctx, cfg.Libvirt, libvirtPrograms)...)
 	return append(found, checkSwap("/proc/swaps"), checkClock(), checkBroker(ctx, g))
 }
 
-func checkTPM(path string) finding {
+// checkTPM wants a TPM where one opens the realm, or where there is no realm yet.
+func checkTPM(path, realm string) finding {
 	f := finding{what: "TPM", got: path}
 	info, err := os.Stat(path)
 	switch {
+	case errors.Is(err, fs.ErrNotExist) && !needsTPM(realm):
+		f.ok, f.got = true, path+" is missing, and no keyslot needs it"
 	case errors.Is(err, fs.ErrNotExist):
 		f.got, f.mend = path+" is missing", "enable the TPM in the firmware (`modprobe tpm_tis`), or use `--slot passphrase`"
 	case err != nil:
@@ -94,6 +98,12 @@ func checkTPM(path string) finding {
 		f.ok = true
 	}
 	return f
+}
+
+// needsTPM is false only of a realm file that can be read and has no slot of a TPM.
+func needsTPM(realm string) bool {
+	file, err := seal.Load(realm)
+	return err != nil || slices.ContainsFunc(file.Slots(), func(s seal.Slot) bool { return s.Kind == tpm2.Kind })
 }
 
 func checkSecretMemory() finding {
@@ -128,6 +138,26 @@ func checkRealm(path string) finding {
 	return f
 }
 
+// libvirtPrograms are the daemons that serve libvirt's sockets.
+var libvirtPrograms = []string{"/usr/sbin/libvirtd", "/usr/sbin/virtqemud"}
+
+// checkVMs looks at what virtual machines need, unless broker.toml says that there are none, or says nothing and nothing of
+// libvirt is here.
+func checkVMs(ctx context.Context, sockets, programs []string) []finding {
+	switch {
+	case len(sockets) == 0:
+		return nil
+	case slices.Equal(sockets, config.Default().Libvirt) && !slices.ContainsFunc(append(sockets[:len(sockets):len(sockets)], programs...), exists):
+		return []finding{{what: "libvirt", ok: true, got: "no libvirt on this host"}}
+	}
+	return []finding{checkVhost("/dev/vhost-vsock"), checkLibvirt(sockets), checkHook(hookPath), checkHookSeen(ctx)}
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
 // checkVhost refuses a device that more than root and one group may open: whoever can is any free CID.
 func checkVhost(path string) finding {
 	f := finding{what: "vhost-vsock"}
@@ -157,8 +187,18 @@ func checkLibvirt(sockets []string) finding {
 // hookPath is where libvirt looks for hooks of QEMU domains.
 const hookPath = "/etc/libvirt/hooks/qemu.d/keybroker"
 
+// hookSource is where `make install` put the hook: beside this program, whatever its PREFIX was.
+func hookSource() string {
+	if self, err := os.Executable(); err == nil {
+		if path := filepath.Join(filepath.Dir(filepath.Dir(self)), "share/keybroker/libvirt-hook"); exists(path) {
+			return path
+		}
+	}
+	return "/usr/share/keybroker/libvirt-hook"
+}
+
 func checkHook(path string) finding {
-	f := finding{what: "libvirt hook", got: path, mend: "install -D -m 755 /usr/share/keybroker/libvirt-hook " + path + "; systemctl restart libvirtd"}
+	f := finding{what: "libvirt hook", got: path, mend: "install -D -m 755 " + hookSource() + " " + path + "; systemctl restart libvirtd"}
 	var st unix.Stat_t
 	switch err := unix.Stat(path, &st); {
 	case err != nil:

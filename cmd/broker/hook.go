@@ -56,9 +56,9 @@ with the broker's reason.`,
 			if len(args) < hookWords && slices.ContainsFunc(args, func(a string) bool { return a == "--help" || a == "-h" }) {
 				return cmd.Help()
 			}
-			begin := hypervisor.BootTime()
-			if since, err := hypervisor.SinceStart(); err == nil && since > 0 {
-				begin -= since
+			begin := g.began
+			if begin == 0 {
+				begin = processBegan()
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), hookBudget-(hypervisor.BootTime()-begin))
 			defer cancel()
@@ -73,6 +73,15 @@ with the broker's reason.`,
 			return h.run(ctx, args, g.stderr)
 		},
 	}
+}
+
+// processBegan is when this process was started, a BootTime; if the kernel does not tell, now.
+func processBegan() time.Duration {
+	now := hypervisor.BootTime()
+	if since, err := hypervisor.SinceStart(); err == nil && since > 0 {
+		return now - since
+	}
+	return now
 }
 
 // qemuHook is one call by libvirt.

@@ -121,6 +121,7 @@ func (g *globals) initRealm(ctx context.Context, f *initFlags) error {
 	if err := storeRealm(ctx, realm, paths); err != nil {
 		return realmHint(err)
 	}
+	g.recordSlots(ctx, master, "a new realm: ", nil, realm.File().Slots())
 	return g.reportRealm(realm, master)
 }
 

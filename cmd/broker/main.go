@@ -2,12 +2,14 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/signal"
+	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -30,6 +32,7 @@ type globals struct {
 	stdin    io.Reader
 	stdout   io.Writer
 	stderr   io.Writer
+	began    time.Duration // when this process was started, a hypervisor.BootTime; 0: as the kernel says
 }
 
 // paths says where this broker's files and sockets are.
@@ -136,5 +139,39 @@ func newRootCommand(g *globals) *cobra.Command {
 	flags.StringVar(&g.policy, "policy", "", "policy `FILE` (default /etc/keybroker/policy.toml, with policy.d beside it)")
 	flags.StringVar(&g.stateDir, "state-dir", "", "keep everything, sockets and audit included, below `DIR`")
 	root.AddCommand(commands(g)...)
+	root.InitDefaultHelpCmd()
+	root.InitDefaultCompletionCmd()
+	for _, c := range root.Commands() {
+		strict(c)
+	}
 	return root
+}
+
+// strict makes every mistake in a command's line, and below it, a usageError: cobra itself lets unknown subcommands pass, and does
+// not tell its own checks of flags from the command's failure.
+func strict(c *cobra.Command) {
+	check := c.Args
+	switch {
+	case c.Name() == "help":
+		check = helpTopic
+	case c.HasSubCommands():
+		check, c.RunE = cobra.NoArgs, func(c *cobra.Command, _ []string) error { return c.Help() }
+	case check == nil:
+		check = cobra.ArbitraryArgs
+	}
+	c.Args = usageArgs(func(c *cobra.Command, args []string) error {
+		return cmp.Or(check(c, args), c.ValidateRequiredFlags(), c.ValidateFlagGroups())
+	})
+	for _, sub := range c.Commands() {
+		strict(sub)
+	}
+}
+
+// helpTopic wants the words after help to be a command.
+func helpTopic(c *cobra.Command, args []string) error {
+	found, _, err := c.Root().Find(args)
+	if err == nil && found == c.Root() && len(args) > 0 {
+		err = fmt.Errorf("unknown command %q", args[0])
+	}
+	return err
 }

@@ -196,7 +196,7 @@ func (g *globals) loadRealm() (*seal.File, config.Paths, error) {
 	if missing(paths.StateDir) {
 		what = paths.StateDir
 	}
-	return nil, paths, hintedError{fmt.Errorf("no realm: there is no %s", what), "`keybroker init` makes one, and --state-dir names another place"}
+	return nil, paths, hintedError{fmt.Errorf("no realm: there is no %s", what), "`keybroker init --slot tpm2` makes one, and --state-dir names another place"}
 }
 
 // realmHint adds what a user can do about an error of the realm file or its slots.
@@ -294,9 +294,10 @@ func describe(kind string, params jsontext.Value) string {
 // usageArgs makes a wrong number of arguments a mistake in the command line.
 func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
 	return func(c *cobra.Command, args []string) error {
-		if err := check(c, args); err != nil {
-			return usageError{fmt.Errorf("%w; see `%s --help`", err, c.CommandPath())}
+		err := check(c, args)
+		if err == nil || errors.As(err, &usageError{}) {
+			return err
 		}
-		return nil
+		return usageError{fmt.Errorf("%w; see `%s --help`", err, c.CommandPath())}
 	}
 }

@@ -164,7 +164,7 @@ func (g *globals) addSlot(ctx context.Context, kind string, f *addFlags) error {
 	return err
 }
 
-// changeRealm opens and changes the realm by f, under the file's lock, and saves it.
+// changeRealm opens and changes the realm by f, under the file's lock, saves it, and records what changed.
 func (g *globals) changeRealm(ctx context.Context, a *slotAccess, f func(*seal.File, seal.OpenConfig) (*seal.Opened, error)) error {
 	if err := hardenProcess(); err != nil {
 		return err
@@ -186,12 +186,17 @@ func (g *globals) changeRealm(ctx context.Context, a *slotAccess, f func(*seal.F
 	if err != nil {
 		return err
 	}
+	before := file.Slots()
 	realm, err := f(file, c)
 	if err != nil {
 		return realmHint(err)
 	}
 	defer realm.Close()
-	return realmHint(l.Save(realm))
+	if err := l.Save(realm); err != nil {
+		return realmHint(err)
+	}
+	g.recordSlots(ctx, realm.Masters()[0], "", before, realm.File().Slots())
+	return nil
 }
 
 func newSlotRemoveCommand(g *globals) *cobra.Command {

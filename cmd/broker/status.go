@@ -217,17 +217,24 @@ func newVMCommand(g *globals) *cobra.Command {
 			return writeJSON(g.stdout, vms[n])
 		},
 	}
-	allow := g.vmChange("allow", "Give a running VM a ticket by hand, and end a denial")
-	deny := g.vmChange("deny", "Refuse a VM every key until `vm allow`, whatever policy says")
+	var create bool
+	allow := g.vmChange("allow", "Give a running VM a ticket by hand, and end a denial", func() string {
+		if create {
+			return "?create=1"
+		}
+		return ""
+	})
+	allow.Flags().BoolVar(&create, "create", false, "it has a new blank disk: its next release may format it")
+	deny := g.vmChange("deny", "Refuse a VM every key until `vm allow`, whatever policy says", func() string { return "" })
 	c.AddCommand(list, show, allow, deny)
 	return c
 }
 
-func (g *globals) vmChange(verb, short string) *cobra.Command {
+func (g *globals) vmChange(verb, short string, query func() string) *cobra.Command {
 	return &cobra.Command{
 		Use: verb + " VM", Short: short, Args: cobra.ExactArgs(1), ValidArgsFunction: g.completeVM,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return g.ask(cmd.Context(), http.MethodPost, "/v1/vm/"+escape(args[0])+"/"+verb, nil)
+			return g.ask(cmd.Context(), http.MethodPost, "/v1/vm/"+escape(args[0])+"/"+verb+query(), nil)
 		},
 	}
 }

@@ -211,6 +211,9 @@ func (g *globals) unlock(ctx context.Context, file string) error {
 	if err := bringPassphrase(ctx, paths.UnlockSocket, octets); err != nil {
 		return unlockHint(err)
 	}
+	if err := g.waitUntilOpen(ctx); err != nil {
+		return err
+	}
 	_, err = fmt.Fprintln(g.stdout, "the realm is open")
 	return err
 }
@@ -237,6 +240,7 @@ const (
 	unlockStatePoll = 50 * time.Millisecond
 	unlockStateWait = 30 * time.Second // for the slots that need nobody, a slow TPM among them
 	unlockLockWait  = 2 * time.Second  // for a broker that was asked to try again to begin
+	unlockOpenWait  = 15 * time.Second // for the broker to have a keyholder, once the opener has opened the realm
 )
 
 // waitUntilWaiting has the broker try again if the realm is locked, and returns when it is open (true) or waits for a passphrase.
@@ -267,6 +271,32 @@ func (g *globals) waitUntilWaiting(ctx context.Context) (open bool, err error) {
 		select {
 		case <-ctx.Done():
 			return false, context.Cause(ctx)
+		case <-time.After(unlockStatePoll):
+		}
+	}
+}
+
+// waitUntilOpen returns when the broker itself has the realm open: it starts the keyholder after the opener has ended, and what
+// is asked for in between is refused.
+func (g *globals) waitUntilOpen(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, unlockOpenWait, hintedError{
+		fmt.Errorf("the passphrase is right, and the broker has no keyholder after %v", unlockOpenWait), "`keybroker status` says why"})
+	defer cancel()
+	for {
+		var s realmState
+		err := g.ask(ctx, http.MethodGet, "/v1/status", &s)
+		switch {
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case err != nil:
+			return err
+		case s.Realm.State == "open":
+			return nil
+		case s.Realm.State == "locked":
+			return fmt.Errorf("the passphrase is right, and the realm is not open: %s", s.Realm.Why)
+		}
+		select {
+		case <-ctx.Done():
 		case <-time.After(unlockStatePoll):
 		}
 	}
