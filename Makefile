@@ -9,6 +9,9 @@ TESTS   ?=
 # An older Go says so instead of downloading another.
 export GOTOOLCHAIN = local
 
+# one after the other, so that what fails first is shown last
+.NOTPARALLEL:
+
 STATIC = CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w'
 
 .PHONY: help demo test unit lab build bench lint vuln install uninstall clean
@@ -78,16 +81,24 @@ UNITS       = $(DESTDIR)$(PREFIX)/lib/systemd/system
 SYSUSERS    = $(DESTDIR)$(PREFIX)/lib/sysusers.d
 TMPFILES    = $(DESTDIR)$(PREFIX)/lib/tmpfiles.d
 HOOKS       = $(DESTDIR)/etc/libvirt/hooks/qemu.d
+SHARE       = $(DESTDIR)$(PREFIX)/share/keybroker
 MAN         = $(DESTDIR)$(PREFIX)/share/man/man1
 COMPLETIONS = $(DESTDIR)$(PREFIX)/share
 
-install: ## install what `make build` built: programs, units, user, libvirt hook, manual, completions (DESTDIR, PREFIX)
+# $(call place,MODE,SOURCE,TARGET) installs a text that names the programs, with the path that they have here.
+place = sed 's|/usr/bin/keybroker|$(PREFIX)/bin/keybroker|g' $(2) | install -D -m $(1) /dev/stdin $(3)
+
+install: ## install what `make build` built: programs, units, user, libvirt hook, examples, manual, completions (DESTDIR, PREFIX)
 	@[ -x bin/keybroker ] || { echo 'make: run "make build" first' >&2; exit 1; }
 	install -D -t $(DESTDIR)$(PREFIX)/bin bin/keybroker bin/keybroker-agent
-	install -D -m 644 -t $(UNITS) deploy/systemd/*
+	for unit in $(notdir $(wildcard deploy/systemd/*)); do $(call place,644,deploy/systemd/$$unit,$(UNITS)/$$unit) || exit; done
 	install -D -m 644 -t $(SYSUSERS) deploy/sysusers.d/*
 	install -D -m 644 -t $(TMPFILES) deploy/tmpfiles.d/*
-	install -D deploy/libvirt/hook $(HOOKS)/keybroker
+	$(call place,755,deploy/libvirt/hook,$(HOOKS)/keybroker)
+	$(call place,755,deploy/libvirt/hook,$(SHARE)/libvirt-hook)
+	$(call place,644,deploy/guest/keybroker-agent.service,$(SHARE)/guest/keybroker-agent.service)
+	install -D -m 644 -t $(SHARE)/guest deploy/guest/agent.toml
+	install -D -m 644 -t $(SHARE)/examples deploy/policy/policy.toml
 	install -d $(MAN) $(COMPLETIONS)/bash-completion/completions $(COMPLETIONS)/zsh/site-functions $(COMPLETIONS)/fish/vendor_completions.d
 	bin/keybroker man $(MAN)
 	bin/keybroker completion bash >$(COMPLETIONS)/bash-completion/completions/keybroker
@@ -101,6 +112,7 @@ uninstall: ## remove what `make install` installed; keys and policy stay
 	rm -f $(SYSUSERS)/keybroker.conf $(TMPFILES)/keybroker.conf $(MAN)/keybroker.1 $(MAN)/keybroker-*.1
 	rm -f $(COMPLETIONS)/bash-completion/completions/keybroker $(COMPLETIONS)/zsh/site-functions/_keybroker
 	rm -f $(COMPLETIONS)/fish/vendor_completions.d/keybroker.fish
+	rm -rf $(SHARE)
 
 clean: ## remove what was built here; the lab's cache stays
 	rm -rf bin

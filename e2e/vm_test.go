@@ -2,7 +2,10 @@ package e2e
 
 import (
 	"context"
+	"crypto/sha256"
+	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"strings"
 	"sync"
@@ -45,6 +48,27 @@ func standard(ctx context.Context, t *testing.T, name string) *guest {
 	}
 	spec.Agent = domain.AgentConfig(pin(ctx, t), "disk")
 	return define(ctx, t, spec)
+}
+
+// admitted defines a guest of this name with blank disks and a UUID of its own, which a drop-in of the policy lets have its disk.
+func admitted(ctx context.Context, t *testing.T, name string) *guest {
+	t.Helper()
+	h := fmt.Sprintf("%x", sha256.Sum256([]byte(name)))
+	uuid := fmt.Sprintf("%s-%s-4%s-8%s-%s", h[:8], h[8:12], h[12:15], h[15:18], h[18:30])
+	entry := fmt.Sprintf("[[vm]]\nuuid = %q\nname = %q\ntier = \"vm\"\nkeys = [\"disk\"]\n", uuid, name)
+	admit(ctx, t, name, entry)
+	return define(ctx, t, domain.Spec{Name: name, UUID: uuid, Keys: []string{"disk"}, Agent: domain.AgentConfig(pin(ctx, t), "disk")})
+}
+
+// admit puts a drop-in of the policy in force, until the test ends.
+func admit(ctx context.Context, t *testing.T, name, text string) {
+	t.Helper()
+	path := "/etc/keybroker/policy.d/" + name + ".toml"
+	t.Cleanup(func() { os.Remove(path) })
+	if err := errors.Join(os.MkdirAll("/etc/keybroker/policy.d", 0o755), os.WriteFile(path, []byte(text), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	sh(ctx, t, "systemctl reload keybroker.service")
 }
 
 // shown is what status says of the guest.

@@ -105,6 +105,7 @@ func asRoot(args []string) int {
 		io.Copy(keyboardIn, os.Stdin)
 		cancel()
 	}()
+	var stderr io.Writer = os.Stderr
 	status, err := exitFailed, error(nil)
 	switch {
 	case len(args) == 3 && args[0] == "tree":
@@ -115,13 +116,14 @@ func asRoot(args []string) int {
 	case len(args) == 7 && args[0] == "vm":
 		var vm *hostVM
 		if vm, err = newHostVM(args[1:], keyboard); err == nil {
+			stderr = vm.stderr
 			status, err = vm.run(ctx)
 		}
 	default:
 		err = errors.New("this half is started by the other one")
 	}
 	if err != nil && ctx.Err() == nil {
-		fmt.Fprintf(os.Stderr, "lab: error: %v\r\n", err)
+		fmt.Fprintf(stderr, "lab: error: %v\n", err)
 	}
 	return status
 }

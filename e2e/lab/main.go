@@ -9,7 +9,6 @@ package main
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -82,8 +81,6 @@ type job struct {
 
 func parseJob(args []string) (*job, error) {
 	j := &job{mode: args[0], limit: "1h", phases: 3, progress: os.Stderr}
-	flags := flag.NewFlagSet("lab "+j.mode, flag.ContinueOnError)
-	flags.StringVar(&j.limit, "limit", j.limit, "longest time that the host VM may run")
 	switch j.mode {
 	case "demo":
 		j.command, j.limit, j.phases, j.progress = "/share/e2e/demo.sh", "10m", 6, os.Stdout

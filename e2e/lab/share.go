@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"time"
 
 	"golang.org/x/term"
 )
@@ -49,11 +48,11 @@ func (j *job) fillShare(tree string) error {
 // script is what the host VM's lab.service reads: the job in bash's words.
 func (j *job) script() string {
 	columns, rows, err := term.GetSize(int(os.Stdin.Fd()))
-	if err != nil {
+	if err != nil || columns == 0 {
 		columns, rows = 80, 24
 	}
-	return fmt.Sprintf("mode=%s\ncommand=%s\nphases=%d\nexport TERM=%s\nrows=%d columns=%d\nnow=%d\n",
-		j.mode, quoteAll([]string{j.command}), j.phases, quoteAll([]string{os.Getenv("TERM")}), rows, columns, time.Now().Unix())
+	return fmt.Sprintf("mode=%s\ncommand=%s\nexport TERM=%s\nrows=%d columns=%d\n",
+		j.mode, quoteAll([]string{j.command}), quoteAll([]string{os.Getenv("TERM")}), rows, columns)
 }
 
 // copyInto copies a file or a folder. Text that is not the project's, such as Go code, does no harm.
@@ -111,6 +110,6 @@ func printTail(w io.Writer, path string, count int) {
 		tail = tail[max(0, len(tail)-count):]
 	}
 	for _, line := range tail {
-		fmt.Fprintf(w, "  %s\r\n", line)
+		fmt.Fprintf(w, "  %s\n", line)
 	}
 }

@@ -24,11 +24,12 @@ type hostVM struct {
 	phases          int
 	uid, gid        int // who owns the run's folder
 	keyboard        io.Reader
-	progress        io.Writer
+	progress        io.Writer // where phases are shown
+	stderr          io.Writer
 }
 
 func newHostVM(args []string, keyboard io.Reader) (*hostVM, error) {
-	vm := &hostVM{tree: args[0], dir: args[1], mode: args[2], keyboard: keyboard, progress: os.Stderr}
+	vm := &hostVM{tree: args[0], dir: args[1], mode: args[2], keyboard: keyboard, progress: os.Stderr, stderr: os.Stderr}
 	var err error
 	if vm.limit, err = time.ParseDuration(args[3]); err != nil {
 		return nil, err
@@ -43,7 +44,8 @@ func newHostVM(args []string, keyboard io.Reader) (*hostVM, error) {
 	case "demo", "test":
 		vm.progress = os.Stdout
 	case "shell":
-		vm.progress = rawTerminal{os.Stderr} // the other half has made it so
+		vm.stderr = rawTerminal{os.Stderr} // the other half has made it so
+		vm.progress = vm.stderr
 	}
 	return vm, nil
 }
@@ -176,7 +178,10 @@ func (vm *hostVM) boot(ctx context.Context, kvm bool) (up bool, err error) {
 	if line, err := output.ReadString('\n'); err == nil {
 		up = true
 		vm.showUp(strings.TrimSpace(line), kvm, time.Since(start))
-		err = vm.show(output)
+		if err := vm.show(output); err != nil {
+			cancel() // nobody reads the port any more, and the command would wait for ever
+			return up, errors.Join(fmt.Errorf("showing what the command prints: %w", err), qemu.Wait())
+		}
 	}
 	if err := qemu.Wait(); err != nil && ctx.Err() == nil {
 		return up, fmt.Errorf("running QEMU: %w", err)
@@ -194,7 +199,7 @@ func (vm *hostVM) showUp(line string, kvm bool, elapsed time.Duration) {
 		fmt.Fprintf(vm.progress, "%17sconsoles and logs: %s\n", "", vm.out(""))
 	}
 	if vm.mode == "test" {
-		phase(vm.progress, 4, vm.phases, "tests", "")
+		phase(vm.progress, 4, vm.phases, "tests", "end to end, in the host VM")
 	}
 }
 
@@ -260,7 +265,7 @@ func (vm *hostVM) arguments(kvm bool) []string {
 	return append(accelerator,
 		"-smp", strconv.Itoa(min(runtime.NumCPU(), 4)), "-m", "4096", "-no-user-config", "-nodefaults", "-display", "none", "-no-reboot",
 		"-kernel", vm.kernel(), "-initrd", "share/host.cpio",
-		"-append", "console=ttyS0 quiet panic=-1 systemd.log_target=journal systemd.show_status=no",
+		"-append", "console=ttyS0 quiet panic=-1 mitigations=off systemd.log_target=journal systemd.show_status=no",
 		"-serial", "file:out/console.log",
 		"-device", "virtio-serial-pci", "-chardev", "stdio,id=command,signal=off", "-device", port+",chardev=command",
 		"-chardev", "socket,id=tpm,path=tpm/control", "-tpmdev", "emulator,id=tpm,chardev=tpm", "-device", "tpm-tis,tpmdev=tpm",

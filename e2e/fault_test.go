@@ -1,0 +1,335 @@
+package e2e
+
+import (
+	"context"
+	"crypto/ed25519"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/mdlayher/vsock"
+
+	"keybroker/e2e/domain"
+	"keybroker/inject"
+	"keybroker/internal/daemon"
+)
+
+// agentAgain ends the guest's agent and starts it anew on the console, after forgetting what the paths name.
+func (g *guest) agentAgain(forget string) (from int64) {
+	g.t.Helper()
+	from = g.ConsoleEnd()
+	g.run("killall keybroker-agent 2>/dev/null; while pidof keybroker-agent >/dev/null; do usleep 10000; done; rm -rf " + forget +
+		"; (keybroker-agent >/dev/ttyS0 2>&1 </dev/null &)")
+	return from
+}
+
+// TestReceiver: a boot's ticket belongs to its first receiver.
+func TestReceiver(t *testing.T) {
+	ctx := operated(t)
+	g := admitted(ctx, t, "receiver")
+	g.start()
+	g.open()
+	before := g.releases()
+
+	g.run("killall keybroker-agent; cryptsetup close data")
+	from := g.agentAgain("/none")
+	g.expect(from, "ready:")
+	g.until("released again to the same receiver", func(v daemon.VMStatus) bool {
+		return v.State == daemon.VMReleased && g.releases() > before
+	})
+
+	g.run("killall keybroker-agent; cryptsetup close data")
+	from = g.agentAgain("/run/keybroker-agent")
+	line, _ := g.expect(from, "receiver-taken")
+	if !strings.Contains(line, "keybroker vm allow receiver") {
+		t.Errorf("the console says %q, expected what an administrator can do", line)
+	}
+	g.until("refusing the second receiver", func(v daemon.VMStatus) bool { return v.Code == "receiver-taken" })
+	if out := sh(ctx, t, "keybroker audit query --json --code receiver-taken --subject "+g.UUID); out == "" {
+		t.Error("the audit has no record of the second receiver")
+	}
+	from = g.ConsoleEnd()
+	sh(ctx, t, "keybroker vm allow receiver")
+	g.expect(from, "ready:")
+}
+
+// brokerIs waits until systemd says so, and the realm's state is as wanted.
+func brokerOpen(ctx context.Context, t *testing.T) {
+	t.Helper()
+	sh(ctx, t, "for n in $(seq 300); do keybroker status 2>/dev/null | grep -q '^realm .* open ' && exit; sleep 0.1; done; keybroker status; exit 1")
+}
+
+// TestAnyOrder: a VM that starts while the broker or libvirt is away opens its disk without help when they are back.
+func TestAnyOrder(t *testing.T) {
+	ctx := operated(t)
+	g := admitted(ctx, t, "order")
+	t.Cleanup(func() { sh(context.WithoutCancel(ctx), t, "systemctl start keybroker.service") })
+
+	sh(ctx, t, "systemctl stop keybroker.service keybroker.socket keybroker-{hook,admin,unlock}.socket")
+	g.start()
+	sh(ctx, t, "systemctl start keybroker.socket keybroker-{hook,admin,unlock}.socket keybroker.service")
+	g.open()
+	g.plant("first-boot")
+
+	t.Run("kill -9 while the guest boots", func(t *testing.T) {
+		g := &guest{g.Spec, t, ctx}
+		g.reboots(func() {
+			g.virsh("reset")
+			sh(ctx, t, "systemctl kill -s KILL --kill-who=main keybroker.service")
+		})
+		g.open()
+		g.marked("first-boot")
+	})
+	t.Run("libvirtd restarts", func(t *testing.T) {
+		g := &guest{g.Spec, t, ctx}
+		sh(ctx, t, "systemctl restart libvirtd.service")
+		sh(ctx, t, "for n in $(seq 300); do keybroker status | grep -q '^libvirt *connected' && exit; sleep 0.1; done; exit 1")
+		g.reboots(func() { g.virsh("reset") })
+		g.open()
+		g.marked("first-boot")
+	})
+	sh(ctx, t, "keybroker audit verify --identity "+pin(ctx, t))
+}
+
+// asService is a command line run by the service's user.
+func asService(ctx context.Context, t *testing.T, command string) string {
+	t.Helper()
+	return sh(ctx, t, "setpriv --reuid 1001 --regid 1001 --clear-groups "+command)
+}
+
+// TestHungLibvirt: a libvirtd that does not answer harms no service, and status says so.
+func TestHungLibvirt(t *testing.T) {
+	ctx := operated(t)
+	brokerOpen(ctx, t)
+	sh(ctx, t, "systemctl kill -s STOP libvirtd.service")
+	t.Cleanup(func() { sh(context.WithoutCancel(ctx), t, "systemctl kill -s CONT libvirtd.service") })
+	sh(ctx, t, "for n in $(seq 300); do keybroker status | grep -q '^libvirt *not connected' && exit; sleep 0.1; done; keybroker status; exit 1")
+	began := time.Now()
+	asService(ctx, t, "keybroker key get my-database --hex")
+	if took := time.Since(began); took > 5*time.Second {
+		t.Errorf("a service's key took %v beside a hung libvirtd", took)
+	}
+}
+
+// TestPlainDomainIsLeftAlone: the hook never waits for the broker on behalf of a domain without our metadata, whatever state the
+// broker is in, and a domain with it starts even when the broker hangs.
+func TestPlainDomainIsLeftAlone(t *testing.T) {
+	ctx := operated(t)
+	brokerOpen(ctx, t)
+	plain, err := domain.Find("plain")
+	if err != nil {
+		t.Fatal(err)
+	}
+	hook := func() time.Duration {
+		cmd := exec.CommandContext(ctx, "/etc/libvirt/hooks/qemu.d/keybroker", "plain", "prepare", "begin", "-")
+		cmd.Stdin = strings.NewReader(plain.XML())
+		began := time.Now()
+		if out, err := cmd.CombinedOutput(); err != nil || len(out) > 0 {
+			t.Errorf("the hook for a plain domain: %v %s", err, out)
+		}
+		return time.Since(began)
+	}
+	running := hook()
+	g := admitted(ctx, t, "hung")
+	sh(ctx, t, "systemctl kill -s STOP --kill-who=main keybroker.service")
+	stopped := hook()
+	t.Logf("hook for a plain domain: %v, with a hung broker %v", running, stopped)
+	if stopped > 2*running+time.Second/2 {
+		t.Errorf("a hung broker slows a plain domain: %v, else %v", stopped, running)
+	}
+	g.start()
+	sh(ctx, t, "systemctl kill -s CONT --kill-who=main keybroker.service")
+	g.open()
+}
+
+// TestImpostors: what answers the guest in the broker's place is not believed.
+func TestImpostors(t *testing.T) {
+	ctx := operated(t)
+	g := standard(ctx, t, "web3") // it waits for ever, so that there is an agent to talk to
+	from := g.ConsoleEnd()
+	g.start()
+	g.expect(from, "refused: no-policy")
+	cid, err := g.CID(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Run("from a port of anybody's", func(t *testing.T) {
+		conn, err := vsock.Dial(cid, inject.Port, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		conn.SetDeadline(time.Now().Add(guestLimit))
+		if n, err := conn.Read(make([]byte, 1)); err == nil || n > 0 {
+			t.Errorf("the agent talks to a port above 1023: %d octets, %v", n, err)
+		}
+	})
+	t.Run("another identity", func(t *testing.T) {
+		impostor(t, cid, nil)
+		g := &guest{g.Spec, t, ctx}
+		g.expect(from, "none of the pinned ones")
+	})
+	t.Run("the pinned identity without its key", func(t *testing.T) {
+		p, err := inject.ParsePin(pin(ctx, t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for within := step(ctx, t); ; { // the console takes one line a second
+			impostor(t, cid, p[:])
+			soon, cancel := context.WithTimeout(within, 200*time.Millisecond)
+			_, _, err := g.Wait(soon, from, "not signed by the pinned issuer")
+			cancel()
+			if err == nil {
+				break
+			}
+			if within.Err() != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	t.Run("an ordinary user in the guest", func(t *testing.T) {
+		g := &guest{g.Spec, t, ctx}
+		if result, err := g.Run(step(ctx, t), "user", "socat -u VSOCK-LISTEN:720 -"); err != nil || result.Status == 0 {
+			t.Errorf("an ordinary user listens on port 720: %+v, %v", result, err)
+		}
+	})
+}
+
+// impostor dials a guest as only the host's root can, and serves the protocol with a key of its own: in its own name, or in the
+// name of another identity.
+func impostor(t *testing.T, cid uint32, identity ed25519.PublicKey) {
+	t.Helper()
+	public, secret, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if identity == nil {
+		identity = public
+	}
+	conn, err := daemon.DialGuest(t.Context(), cid, inject.Port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	issuer := &inject.Issuer{
+		Identity: identity, Log: slog.New(slog.DiscardHandler),
+		Sign: func(_ context.Context, label string, fields ...[]byte) ([]byte, error) {
+			return ed25519.Sign(secret, []byte(label)), nil
+		},
+	}
+	door := inject.Door{
+		Tier: inject.TierVM,
+		Offer: func(context.Context, string) (string, []string, error) {
+			return "33333333-3333-4333-8333-333333333333", nil, nil
+		},
+		Decide:  func(context.Context, *inject.Claim) (*inject.Grant, error) { return &inject.Grant{}, nil },
+		Acked:   func(context.Context, *inject.Claim, []inject.Outcome) error { return nil },
+		Refused: func(context.Context, *inject.Claim, inject.Refusal) {},
+	}
+	if err := issuer.Serve(t.Context(), conn, door); err != nil { // until the agent hangs up
+		t.Error(err)
+	}
+}
+
+// TestStolenUUID: a domain that takes another's UUID under a name of its own does not start.
+func TestStolenUUID(t *testing.T) {
+	ctx := operated(t)
+	brokerOpen(ctx, t)
+	victim := admitted(ctx, t, "victim")
+	sh(ctx, t, "virsh -q undefine victim") // libvirt itself allows a UUID once
+	g := define(ctx, t, domain.Spec{Name: "evil", UUID: victim.UUID, Keys: victim.Keys})
+	out, err := domain.Virsh(step(ctx, t), "start", "evil")
+	if err == nil || !strings.Contains(out, "wrong-vm-name") {
+		t.Errorf("starting it: %v, %s; expected the policy's refusal", err, out)
+	}
+	if g.releases() != 0 {
+		t.Error("the audit has a release")
+	}
+	if !strings.Contains(sh(ctx, t, "keybroker audit query --json --code wrong-vm-name"), victim.UUID) {
+		t.Error("the audit has no record of the refusal")
+	}
+}
+
+// serviceKey asks the Unix socket once, over a connection of its own.
+func serviceKey(ctx context.Context) (string, error) {
+	client := &http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", "/run/keybroker/keybroker.sock")
+		},
+	}}
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://localhost/v1/keys/e2e-load", nil)
+	if err != nil {
+		return "", err
+	}
+	r.Header.Set("Keybroker", "1")
+	response, err := client.Do(r)
+	if err != nil {
+		return "", err
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(response.Body)
+	if err == nil && response.StatusCode != http.StatusOK {
+		err = fmt.Errorf("status %d: %s", response.StatusCode, body)
+	}
+	return string(body), err
+}
+
+// TestRestart: a restart under load fails no request and needs no TPM, even one whose PCRs have changed; a stop for good does,
+// and says which PCR; the passphrase opens then.
+func TestRestart(t *testing.T) {
+	ctx := operated(t)
+	brokerOpen(ctx, t)
+	admit(ctx, t, "load", "[[service]]\nname = \"e2e-load\"\nuid = [0]\n")
+	sh(ctx, t, "for n in $(seq 100); do keybroker key get e2e-load --hex && exit; sleep 0.1; done; exit 1")
+	want, err := serviceKey(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sh(ctx, t, "tpm2_pcrextend 7:sha256=0000000000000000000000000000000000000000000000000000000000000001")
+
+	load, stop := context.WithCancel(ctx)
+	served := make(chan error, 1)
+	count := 0
+	go func() {
+		for load.Err() == nil {
+			got, err := serviceKey(ctx)
+			if err == nil && got != want {
+				err = fmt.Errorf("another key than before")
+			}
+			if err != nil {
+				served <- err
+				return
+			}
+			count++
+		}
+		served <- nil
+	}()
+	sh(ctx, t, "systemctl restart keybroker.service")
+	sh(ctx, t, "systemctl kill -s KILL --kill-who=main keybroker.service")
+	brokerOpen(ctx, t)
+	stop()
+	if err := <-served; err != nil || count == 0 {
+		t.Errorf("after %d requests: %v", count, err)
+	}
+	t.Logf("%d requests over a restart and a kill -9", count)
+	if out := sh(ctx, t, "journalctl -b --no-pager -u keybroker.service"); !strings.Contains(out, "stayed open over the restart") {
+		t.Error("the journal does not say that it resumed")
+	}
+
+	sh(ctx, t, "systemctl stop keybroker.service; systemctl start keybroker.service")
+	sh(ctx, t, "for n in $(seq 300); do keybroker status | grep -q '^realm .* waiting' && exit; sleep 0.1; done; keybroker status; exit 1")
+	if out := sh(ctx, t, "keybroker slot test --all </dev/null 2>&1 || true"); !strings.Contains(out, "PCR 7") {
+		t.Errorf("slot test says %s, expected the PCR that changed", out)
+	}
+	sh(ctx, t, "keybroker unlock --passphrase-file /root/realm/passphrase")
+	brokerOpen(ctx, t)
+	if got, err := serviceKey(ctx); err != nil || got != want {
+		t.Errorf("after the passphrase: %v, the same key: %v", err, got == want)
+	}
+}
