@@ -6,7 +6,6 @@ import (
 	"context"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -150,16 +149,6 @@ func (g *guest) runAs(user, command string) string {
 		g.t.Fatalf("%q in %s ended with status %d: %s", command, g.Name, result.Status, result.Output)
 	}
 	return strings.TrimSpace(result.Output)
-}
-
-// qemu is the process of the running guest.
-func (g *guest) qemu() string {
-	g.t.Helper()
-	pid, err := os.ReadFile(filepath.Join("/run/libvirt/qemu", g.Name+".pid"))
-	if err != nil {
-		g.t.Fatal(err)
-	}
-	return strings.TrimSpace(string(pid))
 }
 
 // sh runs a shell command on the host as root, which must succeed, and returns its output.
