@@ -52,6 +52,8 @@ build: ## bin/keybroker and bin/keybroker-agent, static
 lab-programs: build
 	$(STATIC) -o bin/guest ./e2e/guest
 	CGO_ENABLED=0 $(GO) test -c -o bin/e2e.test ./e2e
+	CGO_ENABLED=0 $(GO) test -c -o bin/sink.test ./inject/sink
+	CGO_ENABLED=0 $(GO) test -c -o bin/libvirt.test ./hypervisor/libvirt
 	$(GO) build -o bin/lab ./e2e/lab
 
 bench: ## what a release and a derivation cost

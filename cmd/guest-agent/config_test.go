@@ -3,12 +3,15 @@
 package main
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const testPin = "ed25519:AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8"
@@ -252,4 +255,19 @@ func FuzzCmdline(f *testing.F) {
 		}
 		checkParsed(t, c)
 	})
+}
+
+// Images often have their configuration as a link.
+func TestConfigMayBeALink(t *testing.T) {
+	dir := t.TempDir()
+	real, link := filepath.Join(dir, "real.toml"), filepath.Join(dir, "agent.toml")
+	if err := errors.Join(os.WriteFile(real, []byte("tier"), 0o600), os.Symlink(real, link)); err != nil {
+		t.Fatal(err)
+	}
+	if text, err := readBounded(link, 0); err != nil || string(text) != "tier" {
+		t.Errorf("read %q, %v", text, err)
+	}
+	if _, err := readBounded(link, unix.O_NOFOLLOW); err == nil {
+		t.Error("the agent's own state is read through a link")
+	}
 }

@@ -120,7 +120,7 @@ func loadConfig(named, fallback, cmdline string) (*config, string, error) {
 	if path == "" {
 		path = fallback
 	}
-	text, err := readBounded(path)
+	text, err := readBounded(path, 0)
 	if named != "" || !errors.Is(err, os.ErrNotExist) {
 		if err != nil {
 			return nil, "", err
@@ -134,7 +134,7 @@ func loadConfig(named, fallback, cmdline string) (*config, string, error) {
 		}
 		return c, path, nil
 	}
-	line, err := readBounded(cmdline)
+	line, err := readBounded(cmdline, 0)
 	if err != nil {
 		return nil, "", fmt.Errorf("there is no %s, and the kernel's command line cannot be read: %w", path, err)
 	}
@@ -150,7 +150,7 @@ func loadConfig(named, fallback, cmdline string) (*config, string, error) {
 
 // cmdlineSpeaks says whether the kernel's command line has anything for this program, right or wrong.
 func cmdlineSpeaks(cmdline string) bool {
-	line, err := readBounded(cmdline)
+	line, err := readBounded(cmdline, 0)
 	if err != nil {
 		return false
 	}

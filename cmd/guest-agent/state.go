@@ -73,7 +73,7 @@ func (s *state) close() { s.lock.Close() }
 
 func (s *state) read(boot string) error {
 	fresh := state{Version: stateVersion, Boot: boot, Keys: map[string]*record{}, dir: s.dir, lock: s.lock}
-	text, err := readBounded(filepath.Join(s.dir, stateFile))
+	text, err := readBounded(filepath.Join(s.dir, stateFile), unix.O_NOFOLLOW)
 	if errors.Is(err, os.ErrNotExist) {
 		*s = fresh
 		return wipeFile(s.dir, receiverFile) // a key without the boot's id beside it is of nobody knows when
@@ -97,8 +97,10 @@ func (s *state) read(boot string) error {
 	return nil
 }
 
-func readBounded(path string) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+// readBounded reads a file of at most maxState octets; flags are further ones for open(2), such as O_NOFOLLOW for what only this
+// program writes.
+func readBounded(path string, flags int) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|flags, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -145,7 +147,7 @@ func replaceFile(dir, name string, octets []byte, mode os.FileMode) error {
 // receiverKey reads this boot's key pair, or makes it.
 func (s *state) receiverKey() (key *inject.ReceiverKey, made bool, err error) {
 	path := filepath.Join(s.dir, receiverFile)
-	octets, err := readBounded(path)
+	octets, err := readBounded(path, unix.O_NOFOLLOW)
 	defer clear(octets)
 	if err == nil {
 		key, err = inject.ParseReceiverKey(octets)

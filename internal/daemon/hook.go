@@ -40,6 +40,10 @@ func (b *Broker) hookRoutes() http.Handler {
 // contradicts the policy is refused.
 func (b *Broker) hookEvent(e hypervisor.HookEvent) *inject.Refusal {
 	b.log.Debug("hook", "operation", e.Operation, "vm", e.Name, "cid", e.CID, "pid", e.PID)
+	if len(b.cfg.Libvirt) == 0 {
+		b.log.Warn("a hook event on a host that has no VMs, by libvirt = [] in broker.toml", "vm", e.Name)
+		return nil
+	}
 	if e.Late(hypervisor.BootTime()) {
 		b.log.Warn("a hook event came too late; libvirt's own events tell the rest", "operation", e.Operation, "vm", e.Name)
 		return nil
