@@ -85,8 +85,8 @@ func parseJob(args []string) (*job, error) {
 	case "demo":
 		j.command, j.limit, j.phases, j.progress = "/share/e2e/demo.sh", "10m", 6, os.Stdout
 	case "test":
-		j.command = "/share/bin/e2e.test -test.v -test.timeout=14m " + quoteAll(args[1:])
-		j.limit, j.phases, j.progress = "15m", 4, os.Stdout
+		j.command = "/share/bin/e2e.test -test.v -test.timeout=40m " + quoteAll(args[1:])
+		j.limit, j.phases, j.progress = "45m", 4, os.Stdout
 	case "run":
 		if len(args) != 2 || args[1] == "" {
 			return nil, errors.New("run wants one argument, the command")
