@@ -318,6 +318,7 @@ func TestRestart(t *testing.T) {
 	}
 	t.Logf("%d requests over a restart", count)
 	sh(ctx, t, "systemctl kill -s KILL --kill-who=main keybroker.service") // what is in flight then is lost; what comes after waits
+	brokerOpen(ctx, t)
 	if got, err := serviceKey(ctx); err != nil || got != want {
 		t.Errorf("after a kill -9: %v, the same key: %v", err, got == want)
 	}
