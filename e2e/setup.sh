@@ -4,7 +4,7 @@
 # lives in a cached tree that the lab's host VM boots. PROGRAMs (only gcc is known) are wanted besides.
 set -euo pipefail
 
-packages=(qemu-system-x86 swtpm debootstrap debian-archive-keyring xz-utils)
+packages=(swtpm debootstrap debian-archive-keyring xz-utils)
 phases=$1
 shift
 for program in "$@"; do

@@ -1,6 +1,6 @@
 #!/bin/bash
 # tree.sh DIR LOG: makes in DIR what the lab's host VM boots: tree, its root file system, with the kernel in
-# its /boot. Runs as root in a PID and mount namespace of its own, so that ending it ends and unmounts everything. The
+# its /boot, and qemu, the QEMU that runs it. Runs as root in a PID and mount namespace of its own, so that ending it ends and unmounts everything. The
 # cache is named by this file's hash: whoever changes the recipe gets a new tree.
 set -euo pipefail
 dir=$1 tree=$1/tree
@@ -55,6 +55,14 @@ chroot "$tree" depmod "$version"
 vmlinuz=$tree/boot/vmlinuz
 mv "$dir/kernel/boot/vmlinuz-$version" "$vmlinuz"
 
+# The QEMU that runs the host VM is of the backports too, with the tree's libraries: the one of bookworm, when it emulates,
+# now and then executes half of an instruction that another CPU of the host VM patches (its kernel then panics with an int3).
+say "QEMU for the host VM"
+mkdir "$dir/qemu" "$tree/var/tmp/qemu"
+chroot "$tree" sh -c 'cd /var/tmp/qemu && apt-get -q -o APT::Sandbox::User=root -t bookworm-backports download \
+	qemu-system-x86 qemu-system-common qemu-system-data seabios'
+for package in "$tree"/var/tmp/qemu/*.deb; do dpkg-deb -x "$package" "$dir/qemu"; done
+
 # The same kernel unpacked, for guests: QEMU starts it by its PVH entry, which spares each boot the unpacking, slow when
 # emulated. Not for a machine with a TPM: QEMU 7.2 then loads the initramfs over the ACPI tables.
 # Offsets: Documentation/arch/x86/boot.rst, setup_sects, payload_offset, payload_length.
@@ -74,6 +82,6 @@ chroot "$tree" systemctl -q set-default multi-user.target
 chroot "$tree" systemctl -q mask systemd-hwdb-update.service systemd-udev-trigger.service ldconfig.service \
 	systemd-journal-catalog-update.service systemd-networkd.service
 umount "$tree/proc"
-rm -rf "$dir/kernel" "$tree"/var/tmp/kernel "$tree"/var/cache/apt/* "$tree"/var/lib/apt/lists/* "$tree"/usr/sbin/policy-rc.d \
-	"$tree"/usr/share/{doc,man,locale} "$tree"/etc/resolv.conf "$tree"/var/log/*
+rm -rf "$dir/kernel" "$tree"/var/tmp/{kernel,qemu} "$tree"/var/cache/apt/* "$tree"/var/lib/apt/lists/* "$tree"/usr/sbin/policy-rc.d \
+	"$tree"/usr/share/{doc,man,locale} "$dir"/qemu/usr/share/{doc,man} "$tree"/etc/resolv.conf "$tree"/var/log/*
 touch "$dir/complete"

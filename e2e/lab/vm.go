@@ -158,7 +158,7 @@ func (vm *hostVM) boot(ctx context.Context, kvm bool) (up bool, err error) {
 	defer os.RemoveAll(filepath.Join(vm.dir, "tpm"))
 
 	start := time.Now()
-	qemu := command(ctx, vm.dir, "qemu-system-x86_64", vm.arguments(kvm)...)
+	qemu := vm.qemu(ctx, vm.arguments(kvm)...)
 	qemu.Stderr = os.Stderr
 	keyboard, err := qemu.StdinPipe() // open as long as QEMU runs: its end would hang up on the command
 	if err != nil {
@@ -275,6 +275,17 @@ func (vm *hostVM) arguments(kvm bool) []string {
 		"-fsdev", "local,id=out,security_model=none,path=out", "-device", "virtio-9p-pci,fsdev=out,mount_tag=out")
 }
 
+// qemu is the tree's QEMU for the host VM, with the tree's libraries and nothing of this machine's.
+func (vm *hostVM) qemu(ctx context.Context, args ...string) *exec.Cmd {
+	libraries := filepath.Join(vm.tree, "tree/usr/lib/x86_64-linux-gnu")
+	root := filepath.Join(vm.tree, "qemu/usr")
+	loader := []string{"--library-path", libraries, filepath.Join(root, "bin/qemu-system-x86_64"),
+		"-L", filepath.Join(root, "share/qemu"), "-L", filepath.Join(root, "share/seabios")}
+	cmd := command(ctx, vm.dir, filepath.Join(libraries, "ld-linux-x86-64.so.2"), append(loader, args...)...)
+	cmd.Env = append(os.Environ(), "QEMU_MODULE_DIR="+filepath.Join(root, "lib/x86_64-linux-gnu/qemu"))
+	return cmd
+}
+
 // escape writes a comma as QEMU's options want it.
 func escape(path string) string { return strings.ReplaceAll(path, ",", ",,") }
 
@@ -286,7 +297,7 @@ func (vm *hostVM) kvmWorks(ctx context.Context) bool {
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	output, err := command(ctx, vm.dir, "qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-m", "256", "-no-user-config",
+	output, err := vm.qemu(ctx, "-accel", "kvm", "-cpu", "host", "-m", "256", "-no-user-config",
 		"-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio", "-kernel", vm.kernel(), "-initrd", "share/host.cpio",
 		"-append", "console=ttyS0 quiet panic=-1 lab=probe").Output()
 	return err == nil && (strings.Contains(string(output), "probe: svm") || strings.Contains(string(output), "probe: vmx"))
