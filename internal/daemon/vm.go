@@ -267,9 +267,6 @@ func (x *guest) released(c *inject.Claim) {
 
 // refuse records a refusal and returns what the guest is told. Repeated ones are counted in the audit.
 func (x *guest) refuse(c *inject.Claim, rule string, r inject.Refusal) inject.Refusal {
-	if r.Code == inject.CodeNoPolicy {
-		r.Next = fmt.Sprintf("add [[vm]] uuid = %q to policy.toml", x.domain.UUID)
-	}
 	if len(c.Want) > 0 {
 		x.mu.Lock()
 		x.keys = wantedNames(c)

@@ -179,7 +179,7 @@ func (p *Policy) VM(c VMClaims) (*VM, Decision) {
 	if v == nil {
 		return nil, Decision{
 			Code:     CodeNoPolicy,
-			Reason:   fmt.Sprintf("no-policy: add [[vm]] uuid = %.40q to policy.toml", c.UUID),
+			Reason:   fmt.Sprintf("add [[vm]] uuid = %.40q to policy.toml", c.UUID),
 			Expected: "a [[vm]] entry with this uuid",
 		}
 	}
