@@ -38,7 +38,7 @@ lab: ## a root shell in a host with everything running; make lab RUN='COMMAND' r
 	@e2e/setup.sh 3 >&2
 	@$(MAKE) -s --no-print-directory lab-programs
 	@exec bin/lab $(if $(RUN),run "$$RUN",shell)
-lab: export RUN := $(value RUN)
+lab: override export RUN := $(value RUN)
 
 e2e: ## only the end-to-end tests; TESTS='REGEXP' chooses some (root or sudo)
 	@e2e/setup.sh 4
