@@ -53,6 +53,37 @@ func TestTailIsTheLastLines(t *testing.T) {
 	}
 }
 
+func TestAnotherHostVMDoesTheRest(t *testing.T) {
+	vm := &hostVM{dir: t.TempDir(), mode: "test"}
+	if err := os.Mkdir(vm.out(""), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	write := func(name, content string) {
+		if err := os.WriteFile(vm.out(name), []byte(content), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("output.log", "=== RUN   TestA\n--- PASS: TestA (1.00s)\n    --- PASS: TestA/b (0.10s)\n--- PASS: TestC (2.00s)\n=== RUN   TestD\n")
+	if !vm.mayRepeat(true) {
+		t.Error("a host VM that ended by itself is not repeated")
+	}
+	if skip, err := os.ReadFile(vm.out(".skip")); string(skip) != "^(TestA|TestC)$" {
+		t.Errorf("skipped: %s, %v", skip, err)
+	}
+	write("output.log", "--- PASS: TestA (1.00s)\n--- FAIL: TestC (2.00s)\n=== RUN   TestD\n")
+	if vm.mayRepeat(true) {
+		t.Error("repeated after a failure")
+	}
+	vm.mode = "run"
+	if vm.mayRepeat(true) || !vm.mayRepeat(false) {
+		t.Error("a user's command is repeated once it was started, or not before")
+	}
+	write(".status", "0\n")
+	if vm.mayRepeat(false) {
+		t.Error("repeated after its end")
+	}
+}
+
 func TestDetachEndsTheKeyboard(t *testing.T) {
 	var out bytes.Buffer
 	copyUntilDetach(&out, strings.NewReader("ls\x1drm"))
