@@ -126,8 +126,9 @@ func (c *Client) Close() {
 
 // Live looks a domain up in libvirt's live state, now, within Config.Patience; if libvirt is stuck, it is ErrNotAnswering
 // after about twice Config.Timeout. It returns it only while its guest runs, and
-// with a vsock address only if no other running domain has the same. PID and StartTime are those of its QEMU process by
-// libvirt's pid file, or 0 if that cannot be read.
+// with a vsock address only if no other running domain has the same. Another domain whose definition cannot be read counts as
+// one without an address: the kernel itself gives no address to two guests, and one bad definition must not stop all others.
+// PID and StartTime are those of its QEMU process by libvirt's pid file, or 0 if that cannot be read.
 //
 // While one of libvirt's hooks runs, libvirt may answer nobody: a hook must have returned before its domain can be looked up.
 func (c *Client) Live(ctx context.Context, uuid string) (hypervisor.Domain, error) {
@@ -255,10 +256,12 @@ func (c *Client) list(ctx context.Context, n *conn) ([]hypervisor.Domain, error)
 	domains := make([]hypervisor.Domain, 0, len(active))
 	for _, dom := range active {
 		d, err := c.describe(ctx, n, dom)
-		if golibvirt.IsNotFound(err) {
+		switch {
+		case golibvirt.IsNotFound(err):
 			continue // it has ended since
-		}
-		if err != nil {
+		case aboutDomain(err):
+			d = hypervisor.Domain{UUID: formatUUID(dom.UUID), Name: dom.Name, Running: true, Problem: err.Error()}
+		case err != nil:
 			return nil, err
 		}
 		c.addProcess(&d)
@@ -294,7 +297,7 @@ func (c *Client) alone(ctx context.Context, n *conn, self running, cid uint32) e
 			theirs, _, err = c.addressOf(ctx, n, other, true)
 		}
 		switch {
-		case golibvirt.IsNotFound(err):
+		case aboutDomain(err):
 		case err != nil:
 			return fmt.Errorf("reading the vsock address of domain %s: %w", other.Name, err)
 		case theirs == cid:
@@ -304,7 +307,10 @@ func (c *Client) alone(ctx context.Context, n *conn, self running, cid uint32) e
 	return nil
 }
 
-// addressOf returns another domain's vsock address, 0 for none, and whether libvirt was asked for it just now.
+// aboutDomain says whether an error is libvirt's own about the domain that it was asked about, and not the connection's.
+func aboutDomain(err error) bool { return errors.As(err, new(golibvirt.Error)) }
+
+// addressOf returns another domain's vsock address, 0 for none or where its definition cannot be read, and whether libvirt was asked for it just now.
 func (c *Client) addressOf(ctx context.Context, n *conn, dom golibvirt.Domain, now bool) (cid uint32, fresh bool, err error) {
 	key := running{dom.UUID, dom.ID}
 	c.mu.Lock()
@@ -317,9 +323,8 @@ func (c *Client) addressOf(ctx context.Context, n *conn, dom golibvirt.Domain, n
 	if err != nil {
 		return 0, true, err
 	}
-	cid, err = hypervisor.ParseCID([]byte(xml))
-	if err != nil {
-		return 0, true, err
+	if cid, err = hypervisor.ParseCID([]byte(xml)); err != nil {
+		cid = 0 // List says what is wrong with it
 	}
 	c.mu.Lock()
 	c.addresses[key] = address{cid, time.Now()}
