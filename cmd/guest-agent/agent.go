@@ -19,6 +19,16 @@ const (
 	lastPause     = 15 * time.Second
 )
 
+// Steps on the way to the keys, as the console names them.
+const (
+	stepListening    = "listening"
+	stepConnected    = "connected"
+	stepChallenged   = "challenge"
+	stepReleased     = "release"
+	stepHeld         = "in its sink"
+	stepAcknowledged = "acknowledged"
+)
+
 // agent waits for the broker and puts the keys that it brings into their sinks. One goroutine runs it; further ones only
 // accept connections and wait for hints.
 type agent struct {
@@ -84,6 +94,7 @@ func (a *agent) run(ctx context.Context) error {
 			ready = true
 			deadline.Stop()
 			a.console.say("ready: every key that must be there is in its sink, %s after the start", a.console.age())
+			a.console.sayTimes()
 			a.notify("READY=1\nSTATUS=every key that must be there is in its sink")
 			if a.once {
 				return nil
@@ -196,6 +207,7 @@ func (a *agent) greet(ctx context.Context, conn net.Conn) {
 		return
 	}
 	a.pause = firstPause
+	a.console.mark(stepConnected)
 	a.converse(ctx, session, conn, false)
 }
 

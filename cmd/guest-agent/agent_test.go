@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -316,6 +317,10 @@ func TestOnceDeliversAndEnds(t *testing.T) {
 		t.Fatal(err)
 	}
 	g.holds(path, b.octets("app", 1))
+	steps := regexp.MustCompile(`times after the start: connected \d+\.\d{3} s, challenge [\d.]+ s, release [\d.]+ s, in its sink [\d.]+ s, acknowledged [\d.]+ s\n`)
+	if !steps.MatchString(g.said()) {
+		t.Errorf("the console has no times of the steps:\n%s", g.said())
+	}
 	if o := b.outcomes(); len(o) != 1 || o[0] != (inject.Outcome{Name: "app", Epoch: 1, Sink: "file " + path, OK: true}) {
 		t.Errorf("acknowledged %+v", o)
 	}

@@ -43,11 +43,16 @@ func (a *agent) fetch(ctx context.Context, session *inject.Session, goals []*goa
 	if err != nil {
 		return nil, err
 	}
+	a.console.mark(stepChallenged)
 	var want []inject.Want
 	for _, g := range goals {
 		want = append(want, g.want()...)
 	}
-	return session.Release(ctx, c, want)
+	d, err := session.Release(ctx, c, want)
+	if err == nil {
+		a.console.mark(stepReleased)
+	}
+	return d, err
 }
 
 // explain says why there are no keys, and what the agent does now.
@@ -88,6 +93,7 @@ func (a *agent) deliver(ctx context.Context, d *inject.Delivery, goals []*goal) 
 			a.failed(g, err)
 			continue
 		}
+		a.console.mark(stepHeld)
 		a.sayHeld(g, outcome, result)
 	}
 	return outcomes, again
@@ -130,6 +136,7 @@ func (a *agent) acknowledge(ctx context.Context, d *inject.Delivery, outcomes []
 		a.console.sayOnce("ack", "warning: the broker did not take the acknowledgement: %v (it will be told at its next push)", err)
 		return
 	}
+	a.console.mark(stepAcknowledged)
 	for _, o := range outcomes {
 		for _, g := range a.goals {
 			if g.Name == o.Name && o.OK {

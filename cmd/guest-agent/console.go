@@ -5,6 +5,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"strings"
 	"sync"
 	"time"
 )
@@ -17,8 +18,15 @@ type console struct {
 	out   io.Writer
 	start time.Time
 
-	mu   sync.Mutex
-	seen map[string]*repeats
+	mu    sync.Mutex
+	seen  map[string]*repeats
+	steps []timedStep
+}
+
+// timedStep is one step on the way to the keys, and how long after the start it was done.
+type timedStep struct {
+	name string
+	at   time.Duration
 }
 
 // repeats counts lines of one kind that were held back.
@@ -61,6 +69,32 @@ func (c *console) sayOnce(kind, format string, args ...any) {
 	}
 	*r = repeats{last: time.Now(), text: text}
 	c.write(line)
+}
+
+// mark notes that a step is done. One that is done again counts from then, and what came after it before does not.
+func (c *console) mark(step string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for n, s := range c.steps {
+		if s.name == step {
+			c.steps = c.steps[:n]
+			break
+		}
+	}
+	c.steps = append(c.steps, timedStep{step, time.Since(c.start)})
+}
+
+// sayTimes writes when each step was done, for who wants to know what a boot waited for.
+func (c *console) sayTimes() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var times []string
+	for _, s := range c.steps {
+		times = append(times, fmt.Sprintf("%s %.3f s", s.name, s.at.Seconds()))
+	}
+	if len(times) > 0 {
+		c.write("times after the start: " + strings.Join(times, ", "))
+	}
 }
 
 func (c *console) write(line string) { fmt.Fprintf(c.out, "keybroker-agent: %s\n", line) }

@@ -206,6 +206,7 @@ func (a *agent) listenAndRun(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	a.console.mark(stepListening)
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	go a.accept(ctx, l, fromHost)
