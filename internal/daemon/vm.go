@@ -63,7 +63,7 @@ func (x *guest) decision(ctx context.Context, c *inject.Claim) (g *inject.Grant,
 	if err != nil {
 		return nil, rule, err
 	}
-	if err := x.record(c, p, rule, grants); err != nil {
+	if err := x.record(c, p, entry, rule, grants); err != nil {
 		return nil, rule, err
 	}
 	if err := x.live(ctx, c.Subject); err != nil { // once more: it may have ended while the record was written
@@ -206,10 +206,13 @@ func grantOf(tx store.Tx, entry *policy.VM, w inject.Want) (granted, error) {
 }
 
 // record writes the audit record of a release; it is on disk when record returns.
-func (x *guest) record(c *inject.Claim, p *policy.Policy, rule string, grants []granted) error {
+func (x *guest) record(c *inject.Claim, p *policy.Policy, entry *policy.VM, rule string, grants []granted) error {
 	r := x.auditRecord(c)
 	r.Event, r.Decision = audit.EventRelease, audit.Granted
 	r.Rule, r.Policy = rule, p.Digest()
+	if entry.Subject != x.domain.UUID {
+		r.Reason = "keys of subject " + entry.Subject
+	}
 	for n, g := range grants {
 		r.Epochs[n] = g.epoch
 	}
