@@ -2,9 +2,10 @@ package hypervisor
 
 import (
 	"crypto/sha256"
-	"encoding/base64"
 	"errors"
 	"fmt"
+
+	"keybroker/internal/octet"
 )
 
 // MaxReplacements is how often, in one boot and before the first acknowledgement, a new receiver may take the place of the
@@ -61,7 +62,7 @@ func (r Receiver) MarshalText() ([]byte, error) {
 	if r == (Receiver{}) {
 		return []byte{}, nil
 	}
-	return base64.RawURLEncoding.AppendEncode(nil, r[:]), nil
+	return octet.Base64(r[:]).MarshalText()
 }
 
 // UnmarshalText reads what MarshalText writes and nothing else.
@@ -70,8 +71,8 @@ func (r *Receiver) UnmarshalText(text []byte) error {
 		*r = Receiver{}
 		return nil
 	}
-	raw, err := base64.RawURLEncoding.Strict().DecodeString(string(text))
-	if err != nil || len(raw) != len(r) || len(text) != base64.RawURLEncoding.EncodedLen(len(r)) {
+	raw, err := octet.ParseBase64(string(text))
+	if err != nil || len(raw) != len(r) {
 		return fmt.Errorf("reading a receiver: want %d octets in base64url", len(r))
 	}
 	copy(r[:], raw)

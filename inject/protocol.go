@@ -5,7 +5,6 @@
 package inject
 
 import (
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"regexp"
@@ -13,6 +12,8 @@ import (
 	"strings"
 
 	"github.com/go-json-experiment/json"
+
+	"keybroker/internal/octet"
 )
 
 // Tiers that the protocol names, and the kinds of evidence that come with them.
@@ -43,28 +44,7 @@ const (
 )
 
 // Octets travel as base64url without padding.
-type Octets []byte
-
-// MarshalText encodes o. It never fails.
-func (o Octets) MarshalText() ([]byte, error) {
-	return base64.RawURLEncoding.AppendEncode(nil, o), nil
-}
-
-// UnmarshalText accepts the one canonical encoding only. Its error does not show the text, which may be a secret.
-func (o *Octets) UnmarshalText(text []byte) error {
-	b, ok := decodeOctets(text)
-	if !ok {
-		return errors.New("octets that are not base64url without padding")
-	}
-	*o = b
-	return nil
-}
-
-// decodeOctets is strict where Go's decoder is not: that one skips the ends of lines, wherever they are.
-func decodeOctets(text []byte) (octets []byte, ok bool) {
-	octets, err := base64.RawURLEncoding.Strict().AppendDecode(nil, text)
-	return octets, err == nil && len(text) == base64.RawURLEncoding.EncodedLen(len(octets))
-}
+type Octets = octet.Base64
 
 // Challenge is message 2: what the issuer says first. It is unsigned; the receiver uses Issuer only if it is one of its pins.
 type Challenge struct {

@@ -6,7 +6,6 @@ import (
 	"context"
 	"crypto/ed25519"
 	"crypto/hpke"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -15,6 +14,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"keybroker/internal/octet"
 )
 
 // ReceiverKey is the HPKE key pair that a receiver makes once in a boot.
@@ -52,8 +53,8 @@ const pinPrefix = "ed25519:"
 // ParsePin reads a pin as `keybroker identity` prints it.
 func ParsePin(s string) (Pin, error) {
 	text, ok := strings.CutPrefix(s, pinPrefix)
-	b, canonical := decodeOctets([]byte(text))
-	if !ok || !canonical || len(b) != ed25519.PublicKeySize {
+	b, err := octet.ParseBase64(text)
+	if !ok || err != nil || len(b) != ed25519.PublicKeySize {
 		return Pin{}, fmt.Errorf("pin %q: expected %q and 43 characters of base64url, as `keybroker identity` prints it", printable(s), pinPrefix)
 	}
 	return Pin(b), nil
@@ -63,7 +64,7 @@ func ParsePin(s string) (Pin, error) {
 func PinOf(public ed25519.PublicKey) Pin { return Pin(public) }
 
 // String returns the form that ParsePin reads.
-func (p Pin) String() string { return pinPrefix + base64.RawURLEncoding.EncodeToString(p[:]) }
+func (p Pin) String() string { return pinPrefix + octet.Base64(p[:]).String() }
 
 // Receiver is who asks: the guest agent. Its fields are not changed while it is in use.
 type Receiver struct {

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"crypto/subtle"
-	"encoding/base64"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -15,6 +14,8 @@ import (
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
+
+	"keybroker/internal/octet"
 )
 
 // Version is that of the realm files that this release reads and writes.
@@ -31,25 +32,25 @@ const (
 // The file as written. Its last member is the checksum, which this struct has not: see Encode.
 type wireFile struct {
 	Version     uint32           `json:"version"`
-	Realm       hexOctets        `json:"realm"`
+	Realm       octet.Hex        `json:"realm"`
 	Require     uint32           `json:"require"`
 	Generations []wireGeneration `json:"generations"`
 	Slots       []wireSlot       `json:"slots"`
-	MAC         hexOctets        `json:"mac,omitzero"`
+	MAC         octet.Hex        `json:"mac,omitzero"`
 }
 
 type wireGeneration struct {
-	Number  uint32    `json:"number"`
-	Check   hexOctets `json:"check"`
-	Wrapped octets    `json:"wrapped"`
+	Number  uint32       `json:"number"`
+	Check   octet.Hex    `json:"check"`
+	Wrapped octet.Base64 `json:"wrapped"`
 }
 
 type wireSlot struct {
-	ID      hexOctets      `json:"id"`
+	ID      octet.Hex      `json:"id"`
 	Kind    string         `json:"kind"`
 	Created string         `json:"created"`
 	Params  jsontext.Value `json:"params"`
-	Wrapped octets         `json:"wrapped"`
+	Wrapped octet.Base64   `json:"wrapped"`
 }
 
 // The first and last octets of a file of any version: they say the version, and the checksum of all that stands before it.
@@ -317,26 +318,4 @@ func canonicalParams(params jsontext.Value) (jsontext.Value, error) {
 		return nil, errors.New("a slot's parameters are no JSON")
 	}
 	return out, nil
-}
-
-// octets are base64url without padding in JSON.
-type octets []byte
-
-func (o octets) MarshalText() ([]byte, error) {
-	return base64.RawURLEncoding.AppendEncode(nil, o), nil
-}
-
-func (o *octets) UnmarshalText(text []byte) (err error) {
-	*o, err = base64.RawURLEncoding.Strict().AppendDecode(nil, text)
-	return err
-}
-
-// hexOctets are lower case hex in JSON.
-type hexOctets []byte
-
-func (o hexOctets) MarshalText() ([]byte, error) { return hex.AppendEncode(nil, o), nil }
-
-func (o *hexOctets) UnmarshalText(text []byte) (err error) {
-	*o, err = hex.AppendDecode(nil, text)
-	return err
 }

@@ -5,6 +5,8 @@ import (
 	"encoding/hex"
 	"fmt"
 
+	"keybroker/internal/octet"
+
 	"github.com/go-json-experiment/json/jsontext"
 )
 
@@ -40,15 +42,8 @@ func ParseSlotID(s string) (SlotID, error) {
 
 // decodeHex fills out from lower case hex of exactly its length.
 func decodeHex(out []byte, s string) bool {
-	if len(s) != 2*len(out) {
-		return false
-	}
-	b, err := hex.DecodeString(s)
-	if err != nil || hex.EncodeToString(b) != s {
-		return false
-	}
-	copy(out, b)
-	return true
+	b, err := octet.ParseHex(s)
+	return err == nil && len(b) == len(out) && copy(out, b) == len(out)
 }
 
 // A Binding is the one slot that a protector works for. A protector that derives its key (a challenge to a token, a password

@@ -3,13 +3,13 @@ package audit
 import (
 	"context"
 	"crypto/ed25519"
-	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"time"
 
+	"keybroker/internal/octet"
 	"keybroker/internal/tuple"
 )
 
@@ -177,7 +177,7 @@ func (l *Log) checkpoint(ctx context.Context, head Head, at time.Time) (uint64, 
 	if behind := l.Head().Seq - head.Seq; behind >= maxBehind {
 		return 0, fmt.Errorf("the signature came %d records late", behind)
 	}
-	c.Signature = base64.RawURLEncoding.EncodeToString(signature)
+	c.Signature = octet.Base64(signature).String()
 	place, err := l.Append(Record{Event: EventCheckpoint, Checkpoint: c}, Written)
 	return place.Seq, err
 }
@@ -198,7 +198,7 @@ func (c *Checkpoint) verify(keys []ed25519.PublicKey) error {
 	if err != nil {
 		return err
 	}
-	signature, err := base64.RawURLEncoding.DecodeString(c.Signature)
+	signature, err := octet.ParseBase64(c.Signature)
 	if err != nil {
 		return err
 	}

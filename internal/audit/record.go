@@ -8,13 +8,15 @@ package audit
 
 import (
 	"bytes"
-	"encoding/base64"
+	"crypto/ed25519"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"strconv"
 	"strings"
 	"time"
+
+	"keybroker/internal/octet"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -307,7 +309,7 @@ func (c *Checkpoint) check() error {
 	if !isHex(c.Realm, 32) {
 		return fmt.Errorf("%w: a checkpoint's realm is not 32 lower-case hex digits", ErrRecord)
 	}
-	if s, err := base64.RawURLEncoding.Strict().DecodeString(c.Signature); err != nil || len(s) != 64 {
+	if s, err := octet.ParseBase64(c.Signature); err != nil || len(s) != ed25519.SignatureSize {
 		return fmt.Errorf("%w: a checkpoint's signature is not 64 octets in base64url", ErrRecord)
 	}
 	return nil

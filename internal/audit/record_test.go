@@ -112,6 +112,7 @@ func TestParseIsStrict(t *testing.T) {
 		"checkpoint without":    strings.Replace(good, `"release"`, `"checkpoint"`, 1),
 		"signature elsewhere":   strings.Replace(sign, `"event":"checkpoint"`, `"event":"start"`, 1),
 		"short signature":       strings.Replace(sign, strings.Repeat("A", 86), strings.Repeat("A", 85), 1),
+		"signature of 2 lines":  strings.Replace(sign, strings.Repeat("A", 86), strings.Repeat("A", 43)+`\n`+strings.Repeat("A", 43), 1),
 		"loose signature":       strings.Replace(sign, strings.Repeat("A", 86), strings.Repeat("A", 85)+"B", 1),
 		"realm":                 strings.Replace(sign, testRealm, testRealm+"00", 1),
 		"too long":              strings.Replace(good, `"vm"`, `"`+strings.Repeat("v", MaxLine)+`"`, 1),

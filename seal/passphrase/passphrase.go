@@ -4,7 +4,6 @@ package passphrase
 import (
 	"context"
 	"crypto/rand"
-	"encoding/base64"
 	"errors"
 	"fmt"
 
@@ -12,6 +11,7 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 	"golang.org/x/crypto/argon2"
 
+	"keybroker/internal/octet"
 	"keybroker/internal/tuple"
 	"keybroker/seal"
 )
@@ -91,20 +91,11 @@ const kdfName = "argon2id"
 
 // params are a slot's public parameters.
 type params struct {
-	KDF       string `json:"kdf"`
-	Time      uint32 `json:"time"`
-	MemoryKiB uint32 `json:"memory_kib"`
-	Threads   uint32 `json:"threads"`
-	Salt      salt   `json:"salt"`
-}
-
-type salt []byte
-
-func (s salt) MarshalText() ([]byte, error) { return base64.RawURLEncoding.AppendEncode(nil, s), nil }
-
-func (s *salt) UnmarshalText(text []byte) (err error) {
-	*s, err = base64.RawURLEncoding.Strict().AppendDecode(nil, text)
-	return err
+	KDF       string       `json:"kdf"`
+	Time      uint32       `json:"time"`
+	MemoryKiB uint32       `json:"memory_kib"`
+	Threads   uint32       `json:"threads"`
+	Salt      octet.Base64 `json:"salt"`
 }
 
 func (p *params) check() error {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 
@@ -141,6 +142,13 @@ func TestParamBounds(t *testing.T) {
 		if _, err := p.Open(t.Context(), binding, raw); !errors.Is(err, ErrParams) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+	const salt = `{"kdf":"argon2id","time":3,"memory_kib":65536,"threads":4,"salt":"AAECAwQFBgcI%sCQoLDA0ODw"}`
+	if _, err := parse(fmt.Appendf(nil, salt, "")); err != nil {
+		t.Errorf("a salt: %v", err)
+	}
+	if _, err := parse(fmt.Appendf(nil, salt, `\n`)); !errors.Is(err, ErrParams) {
+		t.Errorf("a salt on two lines: %v", err)
 	}
 	if _, err := New(Config{MemoryKiB: 1}); err == nil {
 		t.Error("a cost out of bounds was taken")

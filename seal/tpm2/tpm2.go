@@ -9,8 +9,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"encoding/base64"
-	"encoding/hex"
 	"errors"
 	"fmt"
 
@@ -18,6 +16,7 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 	gotpm "github.com/google/go-tpm/tpm2"
 
+	"keybroker/internal/octet"
 	"keybroker/seal"
 )
 
@@ -52,32 +51,12 @@ func New(c Config) (*Protector, error) {
 
 // params are a slot's public parameters.
 type params struct {
-	Bank    string      `json:"bank"`
-	PCRs    []int       `json:"pcrs"`
-	Values  []hexOctets `json:"values"` // of the PCRs at enrolment
-	SRK     octets      `json:"srk"`    // TPMT_PUBLIC
-	Public  octets      `json:"public"` // TPMT_PUBLIC
-	Private octets      `json:"private"`
-}
-
-type octets []byte
-
-func (o octets) MarshalText() ([]byte, error) {
-	return base64.RawURLEncoding.AppendEncode(nil, o), nil
-}
-
-func (o *octets) UnmarshalText(text []byte) (err error) {
-	*o, err = base64.RawURLEncoding.Strict().AppendDecode(nil, text)
-	return err
-}
-
-type hexOctets []byte
-
-func (o hexOctets) MarshalText() ([]byte, error) { return hex.AppendEncode(nil, o), nil }
-
-func (o *hexOctets) UnmarshalText(text []byte) (err error) {
-	*o, err = hex.AppendDecode(nil, text)
-	return err
+	Bank    string       `json:"bank"`
+	PCRs    []int        `json:"pcrs"`
+	Values  []octet.Hex  `json:"values"` // of the PCRs at enrolment
+	SRK     octet.Base64 `json:"srk"`    // TPMT_PUBLIC
+	Public  octet.Base64 `json:"public"` // TPMT_PUBLIC
+	Private octet.Base64 `json:"private"`
 }
 
 // maxBlob bounds each structure of a slot in octets, far above what a TPM makes.

@@ -18,6 +18,7 @@ import (
 	gotpm "github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
 
+	"keybroker/internal/octet"
 	"keybroker/seal"
 	"keybroker/seal/tpm2/tpm2test"
 )
@@ -388,7 +389,7 @@ func TestParseSelection(t *testing.T) {
 
 // Parameters that are read describe a selection that can be read again; an error means none.
 func FuzzParseParams(f *testing.F) {
-	good, err := json.Marshal(&params{Bank: "sha256", PCRs: []int{7}, Values: []hexOctets{make([]byte, 32)}, SRK: []byte{1}})
+	good, err := json.Marshal(&params{Bank: "sha256", PCRs: []int{7}, Values: []octet.Hex{make([]byte, 32)}, SRK: []byte{1}})
 	if err != nil {
 		f.Fatal(err)
 	}
