@@ -294,6 +294,9 @@ func TestKilledWhileRotating(t *testing.T) {
 		if h, err := l.Append(release(1), Durable); err != nil || h.Seq <= uint64(len(before)) {
 			t.Errorf("%v, %v", h, err)
 		}
+		if err := l.Close(t.Context()); err != nil { // until then it may store a head at any moment
+			t.Fatal(err)
+		}
 		if rep := verify(t, k.dir, VerifyOptions{Heads: []Head{k.head}}); !rep.OK() || rep.Last.File != fileName(2) {
 			t.Errorf("%+v", rep)
 		}
