@@ -33,6 +33,12 @@ type signed struct {
 	err   error
 }
 
+// all says whether there is nothing to sign: the log's last record is a checkpoint over everything before it. Others may
+// write while one is signed.
+func (s *signed) all(last Head) bool {
+	return last.Seq == 0 || last.Seq == s.own && s.own == s.head.Seq+1
+}
+
 // saved is what SaveHead did.
 type saved struct {
 	head Head
@@ -118,7 +124,7 @@ func (l *Log) due(now time.Time) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	s, head := &l.signed, l.head.Seq
-	if l.err != nil || head == 0 || head == s.own || s.err != nil && now.Sub(s.tried) < signRetry {
+	if l.err != nil || s.all(l.head) || s.err != nil && now.Sub(s.tried) < signRetry {
 		return false
 	}
 	return s.own == 0 || head-s.own >= l.cfg.CheckpointRecords || now.Sub(s.at) >= l.cfg.CheckpointEvery
@@ -138,14 +144,14 @@ func (l *Log) pause() time.Duration {
 }
 
 // Checkpoint signs the head that the log has now and writes that as a record. The log does it by itself; a broker does it
-// when the realm was unlocked, and before it is locked. It does nothing when the last record is a checkpoint.
+// when the realm was unlocked, and before it is locked. It does nothing when the last record is a checkpoint over all before it.
 func (l *Log) Checkpoint(ctx context.Context) error {
 	l.signing.Lock()
 	defer l.signing.Unlock()
 	l.mu.Lock()
-	head, own, err := l.head, l.signed.own, l.err
+	head, all, err := l.head, l.signed.all(l.head), l.err
 	l.mu.Unlock()
-	if err != nil || head.Seq == own {
+	if err != nil || all {
 		return err
 	}
 	at := time.Now().UTC()

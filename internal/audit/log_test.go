@@ -217,6 +217,34 @@ func TestLockedRealm(t *testing.T) {
 	}
 }
 
+// What is written while a checkpoint is being signed is signed by the next one, at the latest when the log is closed.
+func TestRecordWhileSigning(t *testing.T) {
+	k := newKeeper(t)
+	var l *Log
+	l = openTest(t, k, func(c *Config) {
+		c.SyncEvery = time.Hour // no checkpoint but these
+		c.Sign = func(ctx context.Context, fields ...[]byte) ([]byte, error) {
+			if l != nil && l.Head().Seq < 2 {
+				if _, err := l.Append(release(2), Written); err != nil {
+					return nil, err
+				}
+			}
+			return k.sign(ctx, fields...)
+		}
+	})
+	if _, err := l.Append(release(1), Written); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		if err := l.Checkpoint(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if s := l.Stats(); s.Signed.Seq != 3 || s.Head.Seq != 4 {
+		t.Errorf("%d of %d records are signed", s.Signed.Seq, s.Head.Seq)
+	}
+}
+
 // A signer that hangs holds nothing up, and Close ends it.
 func TestHangingSigner(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
