@@ -223,7 +223,8 @@ func openIn(d *os.File, name string, flag int) (*os.File, error) {
 	}
 }
 
-// regular passes on what an open returned, unless that is no regular file.
+// regular passes on what an open returned, unless that is no regular file, or one that has another name as well: whoever made
+// that can write to it from elsewhere.
 func regular(f *os.File, err error) (*os.File, error) {
 	if errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENXIO) {
 		return nil, fmt.Errorf("%w: expected a regular file, found a link or a pipe: move it away", err)
@@ -231,9 +232,13 @@ func regular(f *os.File, err error) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	st, err := f.Stat()
-	if err == nil && !st.Mode().IsRegular() {
-		err = fmt.Errorf("%s: expected a regular file, found %v: move it away", f.Name(), st.Mode())
+	var st unix.Stat_t
+	err = unix.Fstat(int(f.Fd()), &st)
+	switch {
+	case err == nil && st.Mode&unix.S_IFMT != unix.S_IFREG:
+		err = fmt.Errorf("%s: expected a regular file, found a device or folder: move it away", f.Name())
+	case err == nil && st.Nlink != 1:
+		err = fmt.Errorf("%s: expected a regular file of one name, found one with %d hard links: remove the others", f.Name(), st.Nlink)
 	}
 	if err != nil {
 		f.Close()

@@ -98,6 +98,7 @@ func TestOnlyRegularFiles(t *testing.T) {
 	for name, plant := range map[string]func(path string) error{
 		"pipe":   func(path string) error { return unix.Mkfifo(path, 0o600) },
 		"link":   func(path string) error { return os.Symlink(target, path) },
+		"second": func(path string) error { return os.Link(target, path) },
 		"folder": func(path string) error { return os.Mkdir(path, 0o700) },
 	} {
 		k := newKeeper(t)
