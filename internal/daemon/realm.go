@@ -30,6 +30,8 @@ const (
 	realmWaiting = "waiting" // no slot opened by itself: somebody must say `keybroker unlock`
 	realmOpen    = "open"
 	realmLocked  = "locked" // by `keybroker lock`, or because nothing can open it
+
+	lockedByHand = "locked by an administrator"
 )
 
 // errHolderLost ends the broker: systemd starts it anew and hands it the keyholder's page again.
@@ -47,18 +49,19 @@ type realm struct {
 	opened func()                                       // called whenever the realm has been opened
 	openUp chan struct{}                                // asks run to try the slots again
 
-	mu     sync.RWMutex
-	holder *derive.Holder
-	state  string
-	why    string // of a state other than open
-	slot   string // which opened it; "" after a resume
-	stored bool   // systemd keeps the page
-	memory string // memfd_secret or memfd
-	locked chan struct{}
+	mu      sync.RWMutex
+	holder  *derive.Holder
+	opening *opening // nil: none is under way
+	shut    bool     // locked by hand: nothing is opened until tryAgain
+	state   string
+	why     string // of a state other than open
+	slot    string // which opened it; "" after a resume
+	stored  bool   // systemd keeps the page
+	memory  string // memfd_secret or memfd
 }
 
 func newRealm(cfg *config.Config, file string, unlock *os.File, log *slog.Logger) *realm {
-	return &realm{cfg: cfg, file: file, self: "/proc/self/exe", unlock: unlock, log: log, state: realmOpening, openUp: make(chan struct{}, 1), locked: make(chan struct{}, 1)}
+	return &realm{cfg: cfg, file: file, self: "/proc/self/exe", unlock: unlock, log: log, state: realmOpening, openUp: make(chan struct{}, 1)}
 }
 
 // current returns the keyholder, or why there is none.
@@ -82,13 +85,18 @@ func (r *realm) sign(ctx context.Context, label string, fields ...[]byte) ([]byt
 
 func (r *realm) set(state, why string) {
 	r.mu.Lock()
-	changed := r.state != state || r.why != why
-	r.state, r.why = state, why
-	r.mu.Unlock()
-	if changed {
-		r.log.Info("realm", "state", state, "why", why)
-		notify("STATUS=realm " + state + strings.TrimSuffix(": "+why, ": "))
+	defer r.mu.Unlock()
+	r.show(state, why)
+}
+
+// show is set for who holds the lock.
+func (r *realm) show(state, why string) {
+	if r.state == state && r.why == why {
+		return
 	}
+	r.state, r.why = state, why
+	r.log.Info("realm", "state", state, "why", why)
+	notify("STATUS=realm " + state + strings.TrimSuffix(": "+why, ": "))
 }
 
 // run keeps the realm open until ctx ends. page is what systemd kept, or nil. ready is called once, when the first attempt has
@@ -97,86 +105,131 @@ func (r *realm) run(ctx context.Context, page *os.File, ready func()) error {
 	var once sync.Once
 	isReady := func() { once.Do(ready) }
 	defer isReady()
-	h := r.resume(ctx, page)
+	h := r.attempt(ctx, func(ctx context.Context) (*derive.Holder, string) { return r.resume(ctx, page) })
 	for ctx.Err() == nil {
 		if h == nil {
-			h = r.open(ctx, isReady)
+			h = r.attempt(ctx, func(ctx context.Context) (*derive.Holder, string) { return r.open(ctx, isReady) })
 		}
-		if h == nil {
-			isReady()
-			select {
-			case <-r.openUp:
-			case <-ctx.Done():
-			}
-			continue
+		if h != nil {
+			r.opened()
 		}
-		r.adopt(h)
 		isReady()
-		if err := r.hold(ctx, h); err != nil {
-			return err
+		if h != nil {
+			lost, err := r.hold(ctx, h)
+			if err != nil {
+				return err
+			}
+			if h = nil; lost {
+				continue
+			}
 		}
-		h = nil
-	}
-	return nil
-}
-
-func (r *realm) adopt(h *derive.Holder) {
-	r.mu.Lock()
-	select { // a lock of the one before
-	case <-r.locked:
-	default:
-	}
-	r.holder = h
-	r.mu.Unlock()
-	r.set(realmOpen, "")
-	r.opened()
-}
-
-// hold waits for the keyholder's end: at the broker's own end, by lock, or unexpectedly.
-func (r *realm) hold(ctx context.Context, h *derive.Holder) error {
-	select {
-	case <-ctx.Done():
-		return nil // the holder serves what is in flight; close ends it
-	case <-r.locked:
-	case <-h.Done():
-	}
-	r.mu.Lock()
-	r.holder = nil
-	stored, byLock := r.stored, r.state == realmLocked
-	r.mu.Unlock()
-	h.Close()
-	if byLock {
 		select {
 		case <-r.openUp:
 		case <-ctx.Done():
 		}
-		return nil
-	}
-	r.log.Error("the keyholder ended", "err", h.Err())
-	if stored {
-		return errHolderLost
 	}
 	return nil
 }
 
-// resume starts a keyholder from the page that systemd kept over a restart.
-func (r *realm) resume(ctx context.Context, page *os.File) *derive.Holder {
-	if page == nil {
+// opening is an attempt to open the realm that is under way.
+type opening struct {
+	cancel  context.CancelFunc
+	done    chan struct{}
+	revoked bool // the realm was locked meanwhile
+}
+
+// attempt has get start a keyholder, and puts it to service unless the realm is locked by then. get also says how it was
+// opened, for the audit.
+func (r *realm) attempt(ctx context.Context, get func(context.Context) (h *derive.Holder, how string)) *derive.Holder {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	o := &opening{cancel: cancel, done: make(chan struct{})}
+	defer close(o.done)
+	if !r.begin(o) {
 		return nil
+	}
+	h, how := get(ctx)
+	if r.adopt(o, h, how) {
+		return h
+	}
+	if h != nil {
+		h.Close()
+		forgetFD(fdPage)
+	}
+	return nil
+}
+
+func (r *realm) begin(o *opening) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.shut {
+		r.opening = o
+	}
+	return !r.shut
+}
+
+// adopt puts a keyholder to service, if there is one and the realm was not locked since the attempt began.
+func (r *realm) adopt(o *opening, h *derive.Holder, how string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.opening = nil
+	if o.revoked {
+		r.stored = false
+		r.show(realmLocked, lockedByHand)
+		return false
+	}
+	if h == nil {
+		return false
+	}
+	if err := r.events(audit.EventUnlock, how); err != nil { // without an audit nothing is released, and lock would say so too
+		r.log.Error("writing the audit", "err", err)
+	}
+	r.holder = h
+	r.show(realmOpen, "")
+	return true
+}
+
+// hold waits for the keyholder's end: at the broker's own end, by lock, or unexpectedly, when it is lost.
+func (r *realm) hold(ctx context.Context, h *derive.Holder) (lost bool, err error) {
+	select {
+	case <-ctx.Done():
+		return false, nil // the holder serves what is in flight; close ends it
+	case <-h.Done():
+	}
+	r.mu.Lock()
+	lost, stored := r.holder == h, r.stored // lock has taken it away otherwise
+	if lost {
+		r.holder = nil
+	}
+	r.mu.Unlock()
+	if !lost {
+		return false, nil
+	}
+	h.Close()
+	r.log.Error("the keyholder ended", "err", h.Err())
+	if stored {
+		return true, errHolderLost
+	}
+	return true, nil
+}
+
+// resume starts a keyholder from the page that systemd kept over a restart.
+func (r *realm) resume(ctx context.Context, page *os.File) (h *derive.Holder, how string) {
+	if page == nil {
+		return nil, ""
 	}
 	defer page.Close()
 	h, err := r.start(ctx, page)
 	if err != nil {
 		r.log.Warn("not resumed from the page that systemd kept; opening the realm anew", "err", err)
 		forgetFD(fdPage)
-		return nil
+		return nil, ""
 	}
 	r.mu.Lock()
 	r.stored = true
 	r.mu.Unlock()
 	r.log.Info("resumed: the realm stayed open over the restart", "realm", h.Realm())
-	r.record(audit.EventUnlock, "resumed over a restart")
-	return h
+	return h, "resumed over a restart"
 }
 
 // start makes a keyholder of a filled page, and holds it to the realm that broker.toml pins.
@@ -201,29 +254,27 @@ func (r *realm) start(ctx context.Context, page *os.File) (*derive.Holder, error
 }
 
 // open has the opener fill a new page, gives the page to systemd to keep, and starts a keyholder from it.
-func (r *realm) open(ctx context.Context, waiting func()) *derive.Holder {
+func (r *realm) open(ctx context.Context, waiting func()) (h *derive.Holder, how string) {
 	r.set(realmOpening, "")
-	h, err := r.tryOpen(ctx, waiting)
+	h, slot, err := r.tryOpen(ctx, waiting)
 	if err != nil && ctx.Err() == nil {
 		r.set(realmLocked, err.Error())
 		r.log.Error("the realm does not open", "err", err)
 	}
-	return h
+	return h, "by slot " + slot
 }
 
-func (r *realm) tryOpen(ctx context.Context, waiting func()) (*derive.Holder, error) {
+func (r *realm) tryOpen(ctx context.Context, waiting func()) (h *derive.Holder, slot string, err error) {
 	page, err := derive.NewPage()
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	defer page.Close()
-	slot, err := r.runOpener(ctx, page, waiting)
-	if err != nil {
-		return nil, err
+	if slot, err = r.runOpener(ctx, page, waiting); err != nil {
+		return nil, "", err
 	}
-	h, err := r.start(ctx, page)
-	if err != nil {
-		return nil, err
+	if h, err = r.start(ctx, page); err != nil {
+		return nil, "", err
 	}
 	stored, err := storeFD(fdPage, page)
 	if err != nil {
@@ -232,14 +283,7 @@ func (r *realm) tryOpen(ctx context.Context, waiting func()) (*derive.Holder, er
 	r.mu.Lock()
 	r.slot, r.stored = slot, stored
 	r.mu.Unlock()
-	r.record(audit.EventUnlock, "by slot "+slot)
-	return h, nil
-}
-
-func (r *realm) record(event audit.Event, detail string) {
-	if err := r.events(event, detail); err != nil {
-		r.log.Error("writing the audit", "err", err)
-	}
+	return h, slot, nil
 }
 
 // openerStatus is one line of the opener's report.
@@ -330,33 +374,37 @@ func (r *realm) follow(report io.Reader, waiting func()) (last openerStatus) {
 	return last
 }
 
-// lock ends the keyholder and the copy that systemd keeps; only a slot opens the realm again.
+// lock ends the keyholder, an attempt to open the realm that is under way, and the copy that systemd keeps. When it returns
+// nothing answers any more, whoever is waiting; only tryAgain opens the realm. It locks also when the audit fails, and says so.
 func (r *realm) lock(by string) error {
 	r.mu.Lock()
-	open := r.holder != nil
-	if open {
-		r.state, r.why = realmLocked, "locked by an administrator"
-		r.stored = false
+	h, o := r.holder, r.opening
+	r.holder, r.shut, r.stored = nil, true, false
+	if o != nil {
+		o.revoked = true
+		o.cancel()
 	}
+	r.show(realmLocked, lockedByHand)
 	r.mu.Unlock()
-	if !open {
-		return errors.New("the realm is not open")
+	if h != nil {
+		h.Close()
+	}
+	if o != nil {
+		<-o.done
 	}
 	forgetFD(fdPage)
-	select { // a try that was asked for while the realm opened is not for after the lock
-	case <-r.openUp:
-	default:
+	if err := r.events(audit.EventLock, "by "+by); err != nil {
+		return fmt.Errorf("the realm is locked, and the audit does not say so: %w", err)
 	}
-	signal(r.locked)
-	r.record(audit.EventLock, "by "+by)
 	return nil
 }
 
 // tryAgain lets run try the slots, after a lock or a failure. An open realm has nothing to try.
 func (r *realm) tryAgain() {
-	r.mu.RLock()
-	defer r.mu.RUnlock()
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	if r.holder == nil {
+		r.shut = false
 		signal(r.openUp)
 	}
 }

@@ -56,9 +56,9 @@ func SaveHead(s *store.Store, h audit.Head) error {
 	return s.Update(func(tx store.Tx) error { return tx.Put(audit.HeadBucket, audit.HeadKey, []byte(h.String())) })
 }
 
-// recordEvent writes what the broker itself did.
+// recordEvent writes what the broker itself does; the record is on disk when it returns.
 func (b *Broker) recordEvent(event audit.Event, detail string) error {
-	_, err := b.audit.Append(audit.Record{Event: event, Reason: detail, Policy: b.policy().Digest()}, audit.Written)
+	_, err := b.audit.Append(audit.Record{Event: event, Reason: detail, Policy: b.policy().Digest()}, audit.Durable)
 	return err
 }
 
