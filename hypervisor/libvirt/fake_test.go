@@ -26,6 +26,7 @@ const (
 	procRegister   = 316
 	procLifecycle  = 318
 	procReboot     = 319
+	procUnplugged  = 333
 )
 
 // server speaks enough of libvirt's protocol to misbehave in every way that a real one cannot be made to.
@@ -196,12 +197,20 @@ func (s *server) emit(d fakeDomain, event, detail uint32) { s.send(0, procLifecy
 
 func (s *server) reboot(d fakeDomain) { s.send(1, procReboot, d) }
 
+func (s *server) unplug(d fakeDomain, device string) {
+	s.sendRaw(15, procUnplugged, d, xdrString(device))
+}
+
 func (s *server) send(id, proc uint32, d fakeDomain, more ...uint32) {
+	s.sendRaw(id, proc, d, words(more...))
+}
+
+func (s *server) sendRaw(id, proc uint32, d fakeDomain, more []byte) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, n := range s.sessions {
 		if callback, ok := n.events[id]; ok {
-			n.packet(programRemote, proc, typeMessage, 0, 0, slices.Concat(words(uint32(callback)), d.encode(), words(more...)))
+			n.packet(programRemote, proc, typeMessage, 0, 0, slices.Concat(words(uint32(callback)), d.encode(), more))
 		}
 	}
 }

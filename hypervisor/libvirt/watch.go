@@ -22,6 +22,14 @@ const (
 	Lifecycle
 	// Reboot: the guest was reset in its running process, by itself or from outside. It comes twice for one reboot under some firmware.
 	Reboot
+	// Unplugged: the running domain has lost a device, by libvirt's name for it in Device.
+	Unplugged
+)
+
+// VsockDevice is the name that libvirt itself gives to a domain's vsock device. An administrator's own begins with UserDevice.
+const (
+	VsockDevice = "vsock0"
+	UserDevice  = "ua-"
 )
 
 // Change is what has happened to a domain.
@@ -59,11 +67,12 @@ type Event struct {
 	Socket  string              // Connected: the socket that answered
 	Domains []hypervisor.Domain // Connected: as List returns them
 	Err     error               // Disconnected
-	UUID    string              // Lifecycle, Reboot: whose it is
+	UUID    string              // Lifecycle, Reboot, Unplugged: whose it is
 	Name    string              // the same
 	Change  Change              // Lifecycle
 	Origin  hypervisor.Origin   // Lifecycle with Started; a start from a snapshot may or may not bring memory with it
 	Detail  int                 // Lifecycle: libvirt's number for the detail of this change
+	Device  string              // Unplugged
 }
 
 // Watch calls emit with what happens, one event at a time and in each domain's order, until ctx ends; it returns ctx's error.
@@ -110,17 +119,21 @@ func (c *Client) watch(ctx context.Context, emit func(Event)) (connected bool, e
 	if err != nil {
 		return false, err
 	}
+	unplugged, err := c.subscribe(ctx, n, golibvirt.DomainEventIDDeviceRemoved)
+	if err != nil {
+		return false, err
+	}
 	domains, err := c.list(ctx, n)
 	if err != nil {
 		return false, err
 	}
 	go c.keepAsking(ctx, n)
 	emit(Event{Kind: Connected, Socket: n.socket, Domains: domains})
-	return true, n.pass(lifecycle, reboot, emit)
+	return true, n.pass(lifecycle, reboot, unplugged, emit)
 }
 
 // pass hands events on until the connection is over.
-func (n *conn) pass(lifecycle, reboot <-chan any, emit func(Event)) error {
+func (n *conn) pass(lifecycle, reboot, unplugged <-chan any, emit func(Event)) error {
 	for {
 		select {
 		case e, ok := <-lifecycle:
@@ -136,6 +149,13 @@ func (n *conn) pass(lifecycle, reboot <-chan any, emit func(Event)) error {
 			}
 			if m, is := e.(*golibvirt.DomainEventCallbackRebootMsg); is {
 				emit(Event{Kind: Reboot, UUID: formatUUID(m.Msg.Dom.UUID), Name: m.Msg.Dom.Name})
+			}
+		case e, ok := <-unplugged:
+			if !ok {
+				unplugged = nil
+			}
+			if m, is := e.(*golibvirt.DomainEventCallbackDeviceRemovedMsg); is {
+				emit(Event{Kind: Unplugged, UUID: formatUUID(m.Msg.Dom.UUID), Name: m.Msg.Dom.Name, Device: m.Msg.DevAlias})
 			}
 		case <-n.wire.dead:
 			return n.wire.err

@@ -90,6 +90,10 @@ func TestWatch(t *testing.T) {
 			t.Error(diff)
 		}
 	}
+	s.unplug(web1, VsockDevice)
+	if diff := cmp.Diff(Event{Kind: Unplugged, UUID: web1.uuid, Name: web1.name, Device: VsockDevice}, next(t, events)); diff != "" {
+		t.Error(diff)
+	}
 }
 
 func lastIndex(calls []uint32, proc uint32) int {

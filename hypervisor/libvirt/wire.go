@@ -42,6 +42,7 @@ var shapes = map[uint32]string{
 	316:      "i",      // CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY
 	318:      "isuiii", // DOMAIN_EVENT_CALLBACK_LIFECYCLE
 	319:      "isui",   // DOMAIN_EVENT_CALLBACK_REBOOT
+	333:      "isuis",  // DOMAIN_EVENT_CALLBACK_DEVICE_REMOVED
 }
 
 // errorShape is as much of an error as is read: code, domain, that there is a message, the message.

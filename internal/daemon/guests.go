@@ -183,6 +183,16 @@ func (x *guest) restart(dropConnection bool) {
 	}
 }
 
+// revoked ends the connection of a guest that has no right to keys any more, and shows why.
+func (x *guest) revoked(why inject.Refusal) {
+	x.set(VMQuiet, &why)
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.conn != nil {
+		x.conn()
+	}
+}
+
 // signal leaves one note in c, which holds one.
 func signal(c chan struct{}) {
 	select {

@@ -3,10 +3,13 @@ package daemon
 import (
 	"context"
 	"errors"
+	"fmt"
+	"strings"
 	"sync"
 
 	"keybroker/hypervisor"
 	"keybroker/hypervisor/libvirt"
+	"keybroker/inject"
 )
 
 // hypervisorState is what status shows of the connection to libvirt.
@@ -55,6 +58,8 @@ func (b *Broker) hypervisorEvent(e libvirt.Event) {
 		b.reset(e.UUID)
 	case libvirt.Lifecycle:
 		b.lifecycle(e)
+	case libvirt.Unplugged:
+		b.unplugged(e)
 	}
 }
 
@@ -67,6 +72,35 @@ func (b *Broker) reset(uuid string) {
 	if b.ticket(uuid, "reset", (*hypervisor.Ticket).Reset) {
 		x.restart(true)
 	}
+}
+
+// unplugged takes the ticket of a guest that has lost its vsock device: its CID may be anybody's from now on.
+func (b *Broker) unplugged(e libvirt.Event) {
+	x := b.guests.get(e.UUID)
+	if x == nil || !b.lostVsock(x, e.Device) {
+		return
+	}
+	if b.ticket(e.UUID, "vsock device unplugged", (*hypervisor.Ticket).Revoke) {
+		b.log.Warn("a VM's vsock device was unplugged; it gets no more keys in this boot", "vm", x.domain.Name, "cid", x.domain.CID)
+	}
+	x.revoked(inject.Refusal{
+		Code: inject.CodeNoTicket, Reason: "its vsock device was unplugged",
+		Next: "its vsock device was unplugged: plug one with CID " + fmt.Sprint(x.domain.CID) + " in and reboot the VM, or stop and start it",
+	})
+}
+
+// lostVsock says whether the device that a guest has lost was its vsock. An administrator's own name for a device does not tell,
+// so libvirt is asked what is left.
+func (b *Broker) lostVsock(x *guest, device string) bool {
+	if !strings.HasPrefix(device, libvirt.UserDevice) {
+		return device == libvirt.VsockDevice
+	}
+	d, err := b.libvirt.Live(b.running, x.domain.UUID)
+	if err != nil { // each release asks again
+		b.log.Warn("a VM lost a device, and libvirt cannot say whether it was its vsock", "vm", x.domain.Name, "device", device, "err", err)
+		return false
+	}
+	return d.CID != x.domain.CID
 }
 
 // lifecycle takes libvirt's own word on starts and ends, which confirms the hook's or stands in for it.

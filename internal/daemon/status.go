@@ -69,7 +69,7 @@ const (
 	VMReleased = "released" // keys are with its receiver
 	VMRefused  = "refused"
 	VMGaveUp   = "gave-up" // nothing answered within the boot window
-	VMQuiet    = "quiet"   // nothing to give: restored, or done before this broker started
+	VMQuiet    = "quiet"   // nothing to give: restored, its vsock unplugged, or done before this broker started
 )
 
 // VMStatus is one domain that has keybroker's metadata.
