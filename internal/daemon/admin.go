@@ -17,6 +17,7 @@ import (
 
 	"keybroker/hypervisor"
 	"keybroker/inject"
+	"keybroker/internal/audit"
 	"keybroker/internal/policy"
 	"keybroker/internal/store"
 )
@@ -151,26 +152,25 @@ func (b *Broker) findVM(nameOrUUID string) (string, error) {
 	return uuids[0], nil
 }
 
-// allowVM ends a denial and gives the running boot a ticket by hand.
+// allowVM ends a denial and gives the running boot a ticket by hand. The record of it is on disk before the store has it.
 func (b *Broker) allowVM(r *http.Request) error {
 	uuid, err := b.findVM(r.PathValue("vm"))
 	if err != nil {
 		return err
 	}
 	create := r.URL.Query().Get("create") == "1"
-	record, err := b.changeVM(uuid, func(tx store.Tx, v *vmRecord) (bool, error) {
-		if create {
-			if err := b.forgetOpened(tx, uuid); err != nil {
-				return false, err
-			}
+	cause := "allowed by hand, by " + administratorOf(r)
+	if create {
+		cause += ", and may format a blank volume"
+	}
+	_, err = b.changeVM(uuid, func(tx store.Tx, v *vmRecord) (changed bool, err error) {
+		if changed, err = b.allow(tx, uuid, v, create); err != nil {
+			return false, err
 		}
-		denied := v.Denied || create
-		v.Denied = false
-		changed, err := v.Ticket.Allow()
-		if errors.Is(err, hypervisor.ErrNotRunning) && denied {
-			return true, nil // the denial ends; the next boot has its ticket
+		if err := b.appendTicket(uuid, cause, v.Ticket, audit.Durable); err != nil {
+			return false, inject.Refusal{Code: inject.CodeAudit, Reason: "no audit record can be written, so nothing is changed: " + err.Error(), Cause: err}
 		}
-		return changed || denied, err
+		return changed, nil
 	})
 	if errors.Is(err, hypervisor.ErrNotRunning) {
 		return inject.Refusal{Code: inject.CodeNoTicket, Reason: "this VM is not running; its next boot has a ticket"}
@@ -178,15 +178,25 @@ func (b *Broker) allowVM(r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	cause := "allowed by hand, by " + administratorOf(r)
-	if create {
-		cause += ", and may format a blank volume"
-	}
-	b.recordTicket(uuid, cause, record.Ticket)
 	if x := b.guests.get(uuid); x != nil {
 		x.restart(false)
 	}
 	return nil
+}
+
+func (b *Broker) allow(tx store.Tx, uuid string, v *vmRecord, create bool) (changed bool, err error) {
+	if create {
+		if err := b.forgetOpened(tx, uuid); err != nil {
+			return false, err
+		}
+	}
+	denied := v.Denied || create
+	v.Denied = false
+	changed, err = v.Ticket.Allow()
+	if errors.Is(err, hypervisor.ErrNotRunning) && denied {
+		return true, nil // the denial ends; the next boot has its ticket
+	}
+	return changed || denied, err
 }
 
 // forgetOpened lets the VM's next release say once more that a blank volume may be formatted: it has a new disk.
@@ -212,18 +222,21 @@ func (b *Broker) forgetOpened(tx store.Tx, uuid string) error {
 	return nil
 }
 
+// denyVM takes a VM's right to keys. It takes it also when the audit fails, and says so.
 func (b *Broker) denyVM(r *http.Request) error {
 	uuid, err := b.findVM(r.PathValue("vm"))
 	if err != nil {
 		return err
 	}
-	record, err := b.changeVM(uuid, func(_ store.Tx, v *vmRecord) (bool, error) {
+	var unrecorded error
+	_, err = b.changeVM(uuid, func(_ store.Tx, v *vmRecord) (bool, error) {
 		v.Denied = true
 		v.Ticket.Revoke()
+		unrecorded = b.appendTicket(uuid, "denied by hand, by "+administratorOf(r), v.Ticket, audit.Durable)
 		return true, nil
 	})
-	if err == nil {
-		b.recordTicket(uuid, "denied by hand, by "+administratorOf(r), record.Ticket)
+	if err == nil && unrecorded != nil {
+		err = fmt.Errorf("the VM is denied, and the audit does not say so: %w", unrecorded)
 	}
 	return err
 }
@@ -314,7 +327,7 @@ func (b *Broker) status() Status {
 func (b *Broker) warnings(s Status) []string {
 	var w []string
 	if s.Policy.Rejected != "" {
-		w = append(w, "the policy on disk is wrong, an older one is in force: "+s.Policy.Rejected)
+		w = append(w, "the policy on disk is not taken, an older one is in force: "+s.Policy.Rejected)
 	}
 	if s.Realm.HolderIn == "memfd" {
 		w = append(w, "the keyholder's page is ordinary locked memory: this kernel has no memfd_secret (Linux 6.5 or secretmem.enable=1)")

@@ -64,10 +64,15 @@ func (b *Broker) recordEvent(event audit.Event, detail string) error {
 
 // recordTicket writes that a boot's right to keys changed, and why.
 func (b *Broker) recordTicket(uuid, cause string, t hypervisor.Ticket) {
-	r := audit.Record{Event: audit.EventTicket, Tier: inject.TierVM, Subject: uuid, Instance: t.Boot.String(), Reason: cause + ": " + t.String()}
-	if _, err := b.audit.Append(r, audit.Written); err != nil {
+	if err := b.appendTicket(uuid, cause, t, audit.Written); err != nil {
 		b.log.Error("writing the audit", "err", err)
 	}
+}
+
+func (b *Broker) appendTicket(uuid, cause string, t hypervisor.Ticket, how audit.Durability) error {
+	r := audit.Record{Event: audit.EventTicket, Tier: inject.TierVM, Subject: uuid, Instance: t.Boot.String(), Reason: cause + ": " + t.String()}
+	_, err := b.audit.Append(r, how)
+	return err
 }
 
 // refused counts a refusal and records it; repeated ones of one peer are folded into one record.

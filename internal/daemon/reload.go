@@ -39,13 +39,16 @@ func (b *Broker) reloadOn(ctx context.Context, signals <-chan os.Signal) {
 	}
 }
 
-// reload reads the policy anew, says what changed, and wakes the guests that may now have something to ask for. A wrong
-// policy changes nothing.
+// reload reads the policy anew, says what changed, and wakes the guests that may now have something to ask for. A policy that
+// is wrong, or whose coming into force cannot be recorded, changes nothing.
 func (b *Broker) reload() {
 	old := b.rules.Load()
 	p, err := policy.Load(b.source)
+	if err == nil {
+		_, err = b.audit.Append(audit.Record{Event: audit.EventPolicy, Reason: p.Digest(), Policy: p.Digest()}, audit.Durable)
+	}
 	if err != nil {
-		b.log.Error("the new policy is wrong; the old one stays in force", "err", err)
+		b.log.Error("the new policy is not taken; the old one stays in force", "err", err)
 		b.rules.Store(&loadedPolicy{Policy: old.Policy, at: old.at, rejected: err.Error()})
 		return
 	}
@@ -55,9 +58,6 @@ func (b *Broker) reload() {
 		b.log.Info("policy", "change", line)
 	}
 	b.log.Info("policy read", "digest", p.Digest(), "changes", len(changes))
-	if err := b.recordEvent(audit.EventPolicy, p.Digest()); err != nil {
-		b.log.Error("writing the audit", "err", err)
-	}
 	b.wakeGuests()
 }
 
