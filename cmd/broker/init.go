@@ -105,7 +105,7 @@ func (g *globals) initRealm(ctx context.Context, f *initFlags) error {
 	if !missing(paths.Realm) {
 		return realmHint(fmt.Errorf("%w: %s", seal.ErrExists, paths.Realm))
 	}
-	master, err := f.master(g.stdin)
+	master, err := f.master(g)
 	if err != nil {
 		return err
 	}
@@ -126,22 +126,21 @@ func (g *globals) initRealm(ctx context.Context, f *initFlags) error {
 }
 
 // master reads the master to import, or makes one.
-func (f *initFlags) master(stdin io.Reader) ([]byte, error) {
+func (f *initFlags) master(g *globals) ([]byte, error) {
 	if f.importFile == "" {
 		master := make([]byte, seal.MasterSize)
 		rand.Read(master)
 		return master, nil
 	}
-	r := stdin
-	if f.importFile != "-" {
-		file, err := os.Open(f.importFile)
-		if err != nil {
-			return nil, fmt.Errorf("importing a master: %w", err)
-		}
-		defer file.Close()
-		r = file
+	if f.importFile == "-" {
+		return readMaster(g.stdin)
 	}
-	return readMaster(r)
+	file, err := g.openSecret(f.importFile)
+	if err != nil {
+		return nil, fmt.Errorf("importing a master: %w", err)
+	}
+	defer file.Close()
+	return readMaster(file)
 }
 
 // readMaster takes 32 octets and nothing else. Its errors say nothing of what was read.

@@ -43,7 +43,7 @@ func (g *globals) passphraseFrom(file, prompt string, isNew bool) passphraseSour
 	case file == "-":
 		return passphraseSource{get: once(func(context.Context) ([]byte, error) { return readPassphrase(g.stdin) })}
 	case file != "":
-		return passphraseSource{get: once(func(context.Context) ([]byte, error) { return readPassphraseFile(file) })}
+		return passphraseSource{get: once(func(context.Context) ([]byte, error) { return g.readPassphraseFile(file) })}
 	}
 	return passphraseSource{human: true, get: once(func(ctx context.Context) ([]byte, error) { return askTerminal(ctx, prompt, isNew) })}
 }
@@ -59,13 +59,31 @@ func once(get func(context.Context) ([]byte, error)) func(context.Context) ([]by
 	}
 }
 
-func readPassphraseFile(path string) ([]byte, error) {
-	f, err := os.Open(path)
+func (g *globals) readPassphraseFile(path string) ([]byte, error) {
+	f, err := g.openSecret(path)
 	if err != nil {
 		return nil, fmt.Errorf("reading the passphrase: %w", err)
 	}
 	defer f.Close()
 	return readPassphrase(f)
+}
+
+// openSecret opens a file that holds a secret, and warns if the secret is everybody's.
+func (g *globals) openSecret(path string) (*os.File, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	st, err := f.Stat()
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	const others = 0o006
+	if mode := st.Mode(); mode.IsRegular() && mode.Perm()&others != 0 {
+		g.warn("%s has mode %04o, which lets every user of this machine in: `chmod o-rw %s` mends that", path, mode.Perm(), path)
+	}
+	return f, nil
 }
 
 // readPassphrase reads a bounded passphrase and strips one newline at its end.
