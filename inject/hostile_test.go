@@ -257,6 +257,33 @@ func TestWaitOutlivesTheReadTimeout(t *testing.T) {
 	})
 }
 
+// A nonce is good for a minute and no longer.
+func TestNonceExpires(t *testing.T) {
+	for _, c := range []struct {
+		age  time.Duration
+		want error
+	}{
+		{nonceLife, nil},
+		{nonceLife + 1, Refusal{Code: CodeExpiredNonce}},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			i := newIssuer(t, 1)
+			s := newReceiver(t, i.Identity).on(t, i.connect(t))
+			challenge, err := s.Challenge(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(c.age) // of the test's own clock
+			if _, err := s.Release(t.Context(), challenge, []Want{{Name: "disk"}}); !errors.Is(err, c.want) {
+				t.Errorf("after %v: %v, expected %v", c.age, err, c.want)
+			}
+			if _, err := s.Challenge(t.Context()); err != nil {
+				t.Errorf("another challenge: %v", err)
+			}
+		})
+	}
+}
+
 // Whatever a receiver does or leaves, a session ends within its grace once the broker wants it to: an idle one at once.
 func TestServeEnds(t *testing.T) {
 	for name, c := range map[string]struct {
