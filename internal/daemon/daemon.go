@@ -16,6 +16,7 @@ import (
 
 	"github.com/coreos/go-systemd/v22/daemon"
 
+	"keybroker/hypervisor"
 	"keybroker/hypervisor/libvirt"
 	"keybroker/inject"
 	"keybroker/internal/audit"
@@ -69,6 +70,7 @@ type Broker struct {
 	metrics    *metrics
 	services   *services
 	dial       func(ctx context.Context, cid, port uint32) (net.Conn, error)
+	live       func(ctx context.Context, uuid string) (hypervisor.Domain, error) // libvirt.Live
 
 	running context.Context // ends when the broker stops
 }
@@ -144,6 +146,7 @@ func open(c Config, from passed) (*Broker, *listeners, error) {
 	if b.libvirt, err = libvirt.New(libvirt.Config{Sockets: c.Settings.Libvirt}); err != nil {
 		return nil, nil, err
 	}
+	b.live = b.libvirt.Live
 	return b, l, nil
 }
 

@@ -2,16 +2,21 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"os/exec"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"golang.org/x/time/rate"
 
 	"keybroker/derive"
 	"keybroker/hypervisor"
+	"keybroker/hypervisor/libvirt"
+	"keybroker/inject"
 	"keybroker/internal/audit"
+	"keybroker/internal/caller"
 	"keybroker/internal/config"
 	"keybroker/internal/policy"
 	"keybroker/internal/store"
@@ -85,6 +90,149 @@ func newTestGuest(t *testing.T, b *Broker) (x *guest, kill func()) {
 		b: b, domain: hypervisor.Domain{UUID: testVM, Name: "web1", CID: 7, Metadata: true, Running: true}, process: p,
 		ctx: t.Context(), asks: rate.NewLimiter(rate.Every(askEvery), askBurst), hint: make(chan struct{}, 1),
 	}, kill
+}
+
+// Each thing that a release needs is looked at, and what is not as it should be is refused with its code, and recorded.
+func TestDecide(t *testing.T) {
+	b := newTestBroker(t, testVMPolicy, nil)
+	type setting struct {
+		x     *guest
+		kill  func()
+		claim *inject.Claim
+		live  func(calls int) (hypervisor.Domain, error) // libvirt's word, from call 1 on
+	}
+	const running = 7 // its CID
+	for _, c := range []struct {
+		name   string
+		change func(*setting)
+		want   inject.Code
+	}{
+		{"all is well", func(*setting) {}, ""},
+		{"it asks too often", func(s *setting) { s.x.asks = rate.NewLimiter(0, 0) }, inject.CodeBusy},
+		{"another's name", func(s *setting) { s.claim.Subject = "11111111-2222-3333-4444-000000000000" }, inject.CodePeerMismatch},
+		{"its process has ended", func(s *setting) { s.kill() }, inject.CodePeerMismatch},
+		{"its process ends while it is recorded", func(s *setting) {
+			s.live = func(calls int) (hypervisor.Domain, error) {
+				if calls == 2 {
+					s.kill()
+				}
+				return hypervisor.Domain{UUID: testVM, CID: running}, nil
+			}
+		}, inject.CodePeerMismatch},
+		{"libvirt does not run it", func(s *setting) {
+			s.live = func(int) (hypervisor.Domain, error) { return hypervisor.Domain{}, libvirt.ErrNotRunning }
+		}, inject.CodePeerMismatch},
+		{"its address is another's too", func(s *setting) {
+			s.live = func(int) (hypervisor.Domain, error) { return hypervisor.Domain{}, libvirt.ErrAddressTaken }
+		}, inject.CodePeerMismatch},
+		{"its address changes while it is recorded", func(s *setting) {
+			s.live = func(calls int) (hypervisor.Domain, error) {
+				return hypervisor.Domain{UUID: testVM, CID: running + uint32(calls) - 1}, nil
+			}
+		}, inject.CodePeerMismatch},
+		{"libvirt hangs", func(s *setting) {
+			s.live = func(int) (hypervisor.Domain, error) { return hypervisor.Domain{}, libvirt.ErrNotAnswering }
+		}, inject.CodeHypervisor},
+		{"evidence", func(s *setting) { s.claim.Evidence = []byte{1} }, inject.CodeWrongKind},
+		{"another tier", func(s *setting) { s.claim.Tier = inject.TierSNP }, inject.CodeWrongTier},
+		{"a key of others", func(s *setting) { s.claim.Want[0].Name = "swap" }, inject.CodeKeyNotAllowed},
+		{"an epoch to come", func(s *setting) { s.claim.Want[0].Epoch = 2 }, inject.CodeUnknownEpoch},
+		{"no ticket", func(s *setting) { b.ticket(testVM, "test", (*hypervisor.Ticket).Revoke) }, inject.CodeNoTicket},
+		{"a ticket of another boot", func(s *setting) { newTestGuest(t, b) }, inject.CodeNoTicket},
+		{"another receiver has acknowledged", func(s *setting) {
+			b.ticket(testVM, "test", func(k *hypervisor.Ticket) bool {
+				k.Take(hypervisor.Receiver{2})
+				k.Ack(hypervisor.Receiver{2})
+				return true
+			})
+		}, inject.CodeReceiverTaken},
+		{"denied", func(s *setting) { b.denyVM(byHand("")) }, inject.CodeDenied},
+		{"the realm is locked", func(s *setting) { b.allowVM(byHand("")); b.realm.lock("a test") }, inject.CodeLocked},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := &setting{
+				claim: &inject.Claim{Tier: inject.TierVM, Kind: inject.KindNone, Subject: testVM, Receiver: [32]byte{1}, Want: []inject.Want{{Name: "disk"}}},
+				live:  func(int) (hypervisor.Domain, error) { return hypervisor.Domain{UUID: testVM, CID: running}, nil },
+			}
+			s.x, s.kill = newTestGuest(t, b)
+			c.change(s)
+			calls := 0
+			b.live = func(context.Context, string) (hypervisor.Domain, error) { calls++; return s.live(calls) }
+			b.folder.Close()
+			b.folder = audit.NewFolder(audit.FolderConfig{Append: b.audit.Append}) // which has no refusal of before to fold with
+			g, err := s.x.decide(t.Context(), s.claim)
+			if c.want == "" {
+				release := recorded(t, b, audit.Filter{Event: audit.EventRelease})
+				if err != nil || len(g.Keys) != 1 || len(release) != 1 || b.audit.Stats().Synced < release[0].Seq {
+					t.Errorf("%v, %+v, recorded %+v", err, g, release)
+				}
+				return
+			}
+			if !errors.Is(err, inject.Refusal{Code: c.want}) || g != nil {
+				t.Errorf("%v, %+v; expected %s", err, g, c.want)
+			}
+			refusals := recorded(t, b, audit.Filter{Event: audit.EventRefusal, Subject: testVM, Limit: 1})
+			if len(refusals) != 1 || refusals[0].Code != string(c.want) || refusals[0].Instance != s.x.boot().String() {
+				t.Errorf("recorded as %+v", refusals)
+			}
+		})
+	}
+}
+
+// No record, no key.
+func TestDecideWithoutAudit(t *testing.T) {
+	b := newTestBroker(t, testVMPolicy, nil)
+	b.live = func(context.Context, string) (hypervisor.Domain, error) {
+		return hypervisor.Domain{UUID: testVM, CID: 7}, nil
+	}
+	x, _ := newTestGuest(t, b)
+	if err := b.audit.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	claim := &inject.Claim{Tier: inject.TierVM, Kind: inject.KindNone, Subject: testVM, Receiver: [32]byte{1}, Want: []inject.Want{{Name: "disk"}}}
+	if g, err := x.decide(t.Context(), claim); !errors.Is(err, inject.Refusal{Code: inject.CodeAudit}) || g != nil {
+		t.Errorf("%v, %+v", err, g)
+	}
+}
+
+// A hook event that libvirt has given up on changes nothing.
+func TestLateHookEvent(t *testing.T) {
+	b := newTestBroker(t, testVMPolicy, nil)
+	for _, c := range []struct {
+		age  time.Duration
+		want hypervisor.Origin
+	}{{2 * hypervisor.HookLife, hypervisor.OriginUnknown}, {0, hypervisor.OriginRestore}} {
+		at := (hypervisor.BootTime() - c.age).Nanoseconds()
+		if r := b.hookEvent(hypervisor.HookEvent{Operation: hypervisor.OpRestore, UUID: testVM, Name: "web1", At: at}); r != nil {
+			t.Errorf("%v old: %v", c.age, r)
+		}
+		if r, err := b.vm(testVM); err != nil || r.Ticket.Pending != c.want {
+			t.Errorf("%v old: %v, announced %q, expected %q", c.age, err, r.Ticket.Pending, c.want)
+		}
+	}
+}
+
+// With sync = "always" a service's record is on disk before the key leaves.
+func TestSyncAlways(t *testing.T) {
+	for _, always := range []bool{false, true} {
+		b := newTestBroker(t, "", func(c *config.Config) {
+			c.Audit.Sync = 10 * time.Second
+			if always {
+				c.Audit.Sync = 0
+			}
+		})
+		var err error
+		if b.services, err = newServices(b); err != nil {
+			t.Fatal(err)
+		}
+		p := &peer{who: &caller.Caller{UID: 7}, audit: &audit.Caller{UID: 7}}
+		if err := b.services.record(p, "db", 1, "a rule"); err != nil {
+			t.Fatal(err)
+		}
+		if s := b.audit.Stats(); (s.Synced == s.Head.Seq) != always {
+			t.Errorf("always %v: %d of %d records are on disk", always, s.Synced, s.Head.Seq)
+		}
+	}
 }
 
 // recorded lists what the audit has, oldest first.

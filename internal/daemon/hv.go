@@ -125,7 +125,7 @@ func (b *Broker) lifecycle(e libvirt.Event) {
 
 // missed takes in a domain whose hook did not reach this broker. Asking libvirt about it here is free: no hook runs now.
 func (b *Broker) missed(e libvirt.Event) {
-	d, err := b.libvirt.Live(b.running, e.UUID)
+	d, err := b.live(b.running, e.UUID)
 	if err != nil {
 		b.log.Warn("a VM started that cannot be looked up", "vm", e.Name, "err", err)
 		b.findUnreadable(b.running, e.UUID)

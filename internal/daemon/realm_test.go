@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 
@@ -46,6 +47,21 @@ func filledPage(t *testing.T) *os.File {
 		t.Fatal(err)
 	}
 	return page
+}
+
+// A page that holds another realm than broker.toml pins is not taken.
+func TestPinAgainstThePage(t *testing.T) {
+	r, events := newTestRealm(t)
+	r.cfg.Realm = "00112233445566778899aabbccddeeff"
+	h := r.attempt(t.Context(), func(ctx context.Context) (*derive.Holder, string) { return r.resume(ctx, filledPage(t)) })
+	if _, err := r.current(); h != nil || !errors.Is(err, inject.ErrLocked) || len(events()) != 0 {
+		t.Errorf("%v, %v, %v", h, err, events())
+	}
+	page := filledPage(t)
+	defer page.Close()
+	if _, err := r.start(t.Context(), page); err == nil || !strings.Contains(err.Error(), "expected "+r.cfg.Realm) {
+		t.Error(err)
+	}
 }
 
 // Once lock has returned, who asks gets nothing, and neither does who had asked for the keyholder before.

@@ -84,7 +84,7 @@ func (x *guest) live(ctx context.Context, subject string) error {
 	if !x.process.Alive() {
 		return refusal(inject.CodePeerMismatch, "the process of this domain has ended")
 	}
-	d, err := x.b.libvirt.Live(ctx, x.domain.UUID)
+	d, err := x.b.live(ctx, x.domain.UUID)
 	switch {
 	case errors.Is(err, libvirt.ErrNotRunning), errors.Is(err, libvirt.ErrNotFound), errors.Is(err, libvirt.ErrAddressTaken):
 		return inject.Refusal{Code: inject.CodePeerMismatch, Reason: "libvirt does not give this CID to this domain alone, running", Cause: err}
