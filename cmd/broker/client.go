@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -20,16 +21,24 @@ import (
 // maxAnswer bounds what the broker's own sockets are believed to answer.
 const maxAnswer = 16 << 20
 
+// answerWait is how long the broker may take for an answer: starting the realm's keyholder is the longest that it does.
+const answerWait = 30 * time.Second
+
 // unixClient speaks HTTP to one Unix socket of the broker.
 func unixClient(socket string) *http.Client {
+	c := tcpClient()
+	c.Transport.(*http.Transport).DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+	}
+	return c
+}
+
+// tcpClient speaks HTTP to the broker and to nobody on its behalf: it takes no proxy and follows nowhere.
+func tcpClient() *http.Client {
 	return &http.Client{
-		Timeout: 30 * time.Second,
-		Transport: &http.Transport{
-			DisableKeepAlives: true,
-			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-				return (&net.Dialer{}).DialContext(ctx, "unix", socket)
-			},
-		},
+		Timeout:       answerWait,
+		Transport:     &http.Transport{DisableKeepAlives: true},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 }
 
@@ -54,9 +63,14 @@ func request(ctx context.Context, socket, method, path string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	response, err := unixClient(socket).Do(r)
+	return answer(unixClient(socket), r, socket)
+}
+
+// answer sends a request to the broker, which is at a socket or an address, and returns what it gives or its refusal.
+func answer(client *http.Client, r *http.Request, at string) ([]byte, error) {
+	response, err := client.Do(r)
 	if err != nil {
-		return nil, unreachable(socket, err)
+		return nil, unreachable(at, err)
 	}
 	defer response.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(response.Body, maxAnswer))
@@ -73,13 +87,20 @@ func request(ctx context.Context, socket, method, path string) ([]byte, error) {
 	return nil, fmt.Errorf("the broker answered with status %d: %s", response.StatusCode, bytes.TrimSpace(body[:min(len(body), 200)]))
 }
 
-// unreachable says what it means that a socket does not answer.
-func unreachable(socket string, err error) error {
+// unreachable says what it means that a socket, or an address, does not answer.
+func unreachable(at string, err error) error {
+	var timeout net.Error
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ECONNREFUSED):
-		return hintedError{fmt.Errorf("no broker serves %s", socket), "`systemctl start keybroker`, or name the broker's --state-dir"}
+		hint := "`systemctl start keybroker`, or name the broker's --state-dir"
+		if !strings.Contains(at, "/") {
+			hint = "`systemctl start keybroker`; listen in broker.toml says at which addresses it is"
+		}
+		return hintedError{fmt.Errorf("no broker serves %s", at), hint}
 	case errors.Is(err, fs.ErrPermission):
-		return hintedError{fmt.Errorf("this user may not open %s", socket), "run it as root, or as a member of group keybroker to read status"}
+		return hintedError{fmt.Errorf("this user may not open %s", at), "run it as root, or as a member of group keybroker to read status"}
+	case errors.As(err, &timeout) && timeout.Timeout():
+		return hintedError{fmt.Errorf("the broker at %s did not answer in time", at), "`journalctl -u keybroker` may say why"}
 	}
-	return fmt.Errorf("asking the broker at %s: %w", socket, err)
+	return fmt.Errorf("asking the broker at %s: %w", at, err)
 }

@@ -9,18 +9,17 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
 
-	"github.com/go-json-experiment/json"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
 	"keybroker/derive"
-	"keybroker/inject"
 )
 
 // keyForm is how a key is written out.
@@ -60,6 +59,9 @@ the file that the flags say.`,
 			if err := form.check(g.stdout); err != nil {
 				return usageError{err}
 			}
+			if err := checkServer(server); err != nil {
+				return usageError{err}
+			}
 			key, err := g.fetchKey(cmd.Context(), args[0], epoch, server)
 			if err != nil {
 				return err
@@ -74,15 +76,23 @@ the file that the flags say.`,
 	return c
 }
 
+// checkServer wants nothing, or what --server says.
+func checkServer(server string) error {
+	if _, _, err := net.SplitHostPort(server); server != "" && err != nil {
+		return fmt.Errorf("--server wants ADDR:PORT, as 127.0.0.1:7209, got %q", server)
+	}
+	return nil
+}
+
 // fetchKey is one GET /v1/keys/{service}.
 func (g *globals) fetchKey(ctx context.Context, service string, epoch uint32, server string) ([]byte, error) {
 	p, err := g.paths()
 	if err != nil {
 		return nil, err
 	}
-	client, host := unixClient(p.Socket), "localhost"
+	client, host, at := unixClient(p.Socket), "localhost", p.Socket
 	if server != "" {
-		client, host = http.DefaultClient, server
+		client, host, at = tcpClient(), server, server
 	}
 	url := "http://" + host + "/v1/keys/" + service
 	if epoch > 0 {
@@ -93,23 +103,11 @@ func (g *globals) fetchKey(ctx context.Context, service string, epoch uint32, se
 		return nil, usageError{err}
 	}
 	r.Header.Set("Keybroker", "1")
-	response, err := client.Do(r)
-	if err != nil {
-		return nil, unreachable(p.Socket, err)
+	key, err := answer(client, r, at)
+	if err == nil && len(key) != 32 && len(key) != 64 {
+		return nil, fmt.Errorf("what answers at %s is no broker: a key has 32 or 64 octets, this has %d", at, len(key))
 	}
-	defer response.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(response.Body, 64<<10))
-	if err != nil {
-		return nil, fmt.Errorf("reading the broker's answer: %w", err)
-	}
-	if response.StatusCode == http.StatusOK {
-		return body, nil
-	}
-	var refusal inject.Refusal
-	if json.Unmarshal(body, &refusal) == nil && refusal.Code != "" {
-		return nil, refusal
-	}
-	return nil, fmt.Errorf("the broker answered with status %d", response.StatusCode)
+	return key, err
 }
 
 // check refuses to pour raw octets into a terminal.
