@@ -38,11 +38,6 @@ const (
 	DefaultPing     = 5 * time.Second
 )
 
-// DefaultSockets are the read-only sockets of libvirtd and of virtqemud.
-func DefaultSockets() []string {
-	return []string{"/run/libvirt/libvirt-sock-ro", "/run/libvirt/virtqemud-sock-ro"}
-}
-
 const (
 	poolSize    = 4
 	addressLife = time.Minute // how long another domain's address is believed
@@ -52,7 +47,7 @@ const (
 
 // Config says where libvirt is and how long to wait for it.
 type Config struct {
-	Sockets []string      // Unix sockets, of which the first with a listener is used; nil means DefaultSockets
+	Sockets []string      // Unix sockets, of which the first with a listener is used; without any nothing is found
 	URI     string        // the hypervisor; "" means DefaultURI
 	RunDir  string        // where libvirt keeps NAME.pid; "" means DefaultRunDir
 	Timeout time.Duration // for libvirt to show that it lives; 0 means DefaultTimeout
@@ -84,9 +79,6 @@ type address struct {
 
 // New returns a client. It does not connect yet.
 func New(cfg Config) (*Client, error) {
-	if len(cfg.Sockets) == 0 {
-		cfg.Sockets = DefaultSockets()
-	}
 	cfg.URI = orDefault(cfg.URI, DefaultURI)
 	cfg.Timeout = orDefault(cfg.Timeout, DefaultTimeout)
 	cfg.Patience = orDefault(cfg.Patience, DefaultPatience)

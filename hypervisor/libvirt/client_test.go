@@ -211,6 +211,9 @@ func TestSockets(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), missing) || !strings.Contains(err.Error(), "libvirtd") {
 		t.Errorf("nobody there: %v", err)
 	}
+	if _, err = s.client(Config{Sockets: []string{}}).Live(t.Context(), web1.uuid); err == nil || !strings.Contains(err.Error(), "no socket is configured") {
+		t.Errorf("no socket: %v", err)
+	}
 }
 
 func TestAuthentication(t *testing.T) {

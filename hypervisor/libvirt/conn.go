@@ -22,7 +22,7 @@ type conn struct {
 
 // open connects to the first socket that somebody listens on, and opens the hypervisor there.
 func (c *Client) open(ctx context.Context) (*conn, error) {
-	var tried error
+	tried := errors.New("no socket is configured")
 	for _, path := range c.cfg.Sockets {
 		raw, err := (&net.Dialer{Timeout: c.cfg.Timeout}).DialContext(ctx, "unix", path)
 		if err == nil {
