@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"keybroker/derive"
+	"keybroker/internal/daemon"
 	"keybroker/seal"
 	"keybroker/seal/passphrase"
 	"keybroker/seal/tpm2"
@@ -22,25 +23,9 @@ import (
 // Descriptors that the broker gives the opener.
 const (
 	openerPageFD   = 3 // an empty secret page
-	openerStatusFD = 4 // a pipe for openerReport lines
+	openerStatusFD = 4 // a pipe for daemon.OpenerReport lines
 	openerUnlockFD = 5 // optional: the listener on which `keybroker unlock` brings a passphrase
 )
-
-// States of the opener. Opened and failed are the last line.
-const (
-	stateOpened  = "opened"
-	stateWaiting = "waiting"
-	stateFailed  = "failed"
-)
-
-// An openerReport is one line of JSON on the status pipe.
-type openerReport struct {
-	State string `json:"state"`
-	Slot  string `json:"slot,omitzero"` // of opened
-	Kind  string `json:"kind,omitzero"` // of opened
-	Code  string `json:"code,omitzero"` // of failed: stable, see slotCodes
-	Why   string `json:"why,omitzero"`  // of waiting and failed: one line
-}
 
 // openerFlags are what the broker tells the opener.
 type openerFlags struct {
@@ -145,7 +130,7 @@ func (o *opener) run(ctx context.Context) error {
 	if err == nil {
 		return nil
 	}
-	o.report(openerReport{State: stateFailed, Code: slotCode(err), Why: errorLine(err)})
+	o.report(daemon.OpenerReport{State: daemon.OpenerFailed, Why: errorLine(err)})
 	return errSilent
 }
 
@@ -203,7 +188,7 @@ func waitReason(err error) string {
 
 // waitForPassphrase tries what `keybroker unlock` brings, until one opens the realm.
 func (o *opener) waitForPassphrase(ctx context.Context, why string) error {
-	if err := o.report(openerReport{State: stateWaiting, Why: why}); err != nil {
+	if err := o.report(daemon.OpenerReport{State: daemon.OpenerWaiting, Why: why}); err != nil {
 		return err
 	}
 	return serveUnlock(ctx, o.unlock, func(octets []byte) error {
@@ -235,10 +220,10 @@ func (o *opener) finish(realm *seal.Opened) error {
 	if err := derive.FillPage(o.page, masters); err != nil {
 		return err
 	}
-	return o.report(openerReport{State: stateOpened, Slot: realm.Slot().ID.String(), Kind: realm.Slot().Kind})
+	return o.report(daemon.OpenerReport{State: daemon.OpenerOpened, Slot: realm.Slot().ID.String(), Kind: realm.Slot().Kind})
 }
 
-func (o *opener) report(r openerReport) error {
+func (o *opener) report(r daemon.OpenerReport) error {
 	line, err := json.Marshal(&r)
 	if err != nil {
 		return fmt.Errorf("reporting to the broker: %w", err)

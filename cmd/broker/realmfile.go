@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"runtime/debug"
 	"strings"
 	"syscall"
@@ -231,42 +230,6 @@ var hints = []struct {
 	{tpm2.ErrNoBank, "`tpm2_pcrread` shows the banks; --pcrs selects others"},
 	{tpm2.ErrBusy, "use /dev/tpmrm0, which the kernel shares out, and try again"},
 	{fs.ErrPermission, "run it as root"},
-}
-
-// slotCode names the reason why a realm does not open, for programs: the names are documented and stay.
-func slotCode(err error) string {
-	var none *seal.NoSlotError
-	if errors.As(err, &none) && len(none.Slots) != 1 {
-		return "no-slot"
-	}
-	for _, c := range slotCodes {
-		if errors.Is(err, c.is) {
-			return c.code
-		}
-	}
-	return "failed"
-}
-
-var slotCodes = []struct {
-	is   error
-	code string
-}{
-	{fs.ErrNotExist, "no-realm"},
-	{seal.ErrNewer, "realm-newer"},
-	{seal.ErrTruncated, "realm-truncated"},
-	{seal.ErrCorrupt, "realm-corrupt"},
-	{seal.ErrEdited, "realm-edited"},
-	{seal.ErrOtherRealm, "other-realm"},
-	{seal.ErrSlotEdited, "slot-edited"},
-	{seal.ErrUnknownKind, "unknown-kind"},
-	{passphrase.ErrWrong, "wrong-passphrase"},
-	{tpm2.ErrPCRChanged, "pcr-changed"},
-	{tpm2.ErrOtherTPM, "other-tpm"},
-	{tpm2.ErrMissing, "no-tpm"},
-	{tpm2.ErrLockout, "tpm-lockout"},
-	{tpm2.ErrBusy, "tpm-busy"},
-	{seal.ErrNoSlot, "no-slot"},
-	{os.ErrPermission, "permission"},
 }
 
 // describe returns what a slot is bound to, from its public parameters.

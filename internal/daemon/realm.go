@@ -286,13 +286,19 @@ func (r *realm) tryOpen(ctx context.Context, waiting func()) (h *derive.Holder, 
 	return h, slot, nil
 }
 
-// openerStatus is one line of the opener's report.
-type openerStatus struct {
-	State string `json:"state"` // opened, waiting or failed
-	Slot  string `json:"slot,omitzero"`
-	Kind  string `json:"kind,omitzero"`
-	Code  string `json:"code,omitzero"`
-	Why   string `json:"why,omitzero"`
+// States of the opener. Opened and failed are the last line of its report.
+const (
+	OpenerOpened  = "opened"
+	OpenerWaiting = "waiting"
+	OpenerFailed  = "failed"
+)
+
+// OpenerReport is one line of what the opener says on its status pipe.
+type OpenerReport struct {
+	State string `json:"state"`
+	Slot  string `json:"slot,omitzero"` // of opened
+	Kind  string `json:"kind,omitzero"` // of opened
+	Why   string `json:"why,omitzero"`  // of waiting and failed: one line
 }
 
 // runOpener runs the child that alone touches TPM, tokens and passphrases, and ends when the page is filled.
@@ -319,7 +325,7 @@ func (r *realm) runOpener(ctx context.Context, page *os.File, waiting func()) (s
 	switch {
 	case ctx.Err() != nil:
 		return "", ctx.Err()
-	case last.State == "opened" && err == nil:
+	case last.State == OpenerOpened && err == nil:
 		return last.Slot + " (" + last.Kind + ")", nil
 	case last.Why != "":
 		return "", errors.New(last.Why)
@@ -357,16 +363,16 @@ func openerEnvironment() []string {
 }
 
 // follow reads the opener's report until it ends, and returns the last line.
-func (r *realm) follow(report io.Reader, waiting func()) (last openerStatus) {
+func (r *realm) follow(report io.Reader, waiting func()) (last OpenerReport) {
 	lines := bufio.NewScanner(report)
 	for lines.Scan() {
-		var s openerStatus
-		if err := json.Unmarshal(lines.Bytes(), &s); err != nil {
+		var s OpenerReport
+		if err := json.Unmarshal(lines.Bytes(), &s, json.RejectUnknownMembers(true)); err != nil {
 			r.log.Warn("a line of the opener that cannot be read", "err", err)
 			continue
 		}
 		last = s
-		if s.State == "waiting" {
+		if s.State == OpenerWaiting {
 			r.set(realmWaiting, s.Why)
 			waiting()
 		}
