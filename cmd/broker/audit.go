@@ -28,8 +28,6 @@ func newAuditCommand(g *globals) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "audit",
 		Short: "Verify and search the record of what was released and refused",
-		Args:  usageArgs(cobra.NoArgs),
-		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	c.AddCommand(newAuditVerifyCommand(g), newAuditQueryCommand(g), newAuditResetCommand(g))
 	return c
@@ -53,7 +51,7 @@ The chain shows an edit, an insertion and a removal. With --identity, signed che
 that was cut off shows against a head: the one in the broker's store, which is read when no broker holds the store, and each --head
 that was noted elsewhere ("keybroker status" prints it). Whoever has the realm and may write to this host can make a whole
 new log; only a head that was kept elsewhere shows that. Neither the realm nor a running broker is needed.`,
-		Args: usageArgs(cobra.NoArgs),
+		Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error { return g.verifyAudit(f) },
 	}
 	c.Flags().StringArrayVar(&f.heads, "head", nil, "a head that was noted earlier, `SEQ:HASH`; may be repeated")
@@ -228,7 +226,7 @@ func newAuditQueryCommand(g *globals) *cobra.Command {
 		Short: "Search the audit log",
 		Long: `Show the records of the audit log that meet every condition given, oldest first: as a table, or with --json as the lines of the
 log, octet by octet. A time is RFC 3339 (2026-11-21T12:00:00Z), a date in UTC (2026-11-21), or how long ago it is (90m, 36h).`,
-		Args: usageArgs(cobra.NoArgs),
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return g.queryAudit(f, cmd.Flags().Changed("limit"))
 		},
@@ -354,7 +352,7 @@ func newAuditResetCommand(g *globals) *cobra.Command {
 		Short: "Set a broken audit log aside and begin a new one",
 		Long: `Set a broken audit log aside, so that the broker can start again: its files move into a folder beside them, which stays as evidence,
 and a new log begins with a record of this. The broker must not run. A log that is whole is not reset.`,
-		Args: usageArgs(cobra.NoArgs),
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if strings.TrimSpace(reason) == "" {
 				return usageError{errors.New("--reason: expected why the log is reset; it is recorded")}

@@ -27,7 +27,7 @@ func newKeyDeriveCommand(g *globals) *cobra.Command {
 		Short: "Derive a key without the broker (break-glass)",
 		Long: `Open the realm in this process and derive the key of a service, or with --vm of a virtual machine, past policy and
 tickets. It is for recovery: the broker must be stopped, it says loudly what it does, and it is in the audit log.`,
-		Args: usageArgs(cobra.ExactArgs(1)),
+		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := f.form.check(g.stdout); err != nil {
 				return usageError{err}

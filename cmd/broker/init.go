@@ -47,7 +47,7 @@ Each slot alone opens the realm. A tpm2 slot opens without anybody, on this mach
 The same master is the same realm with the same keys on every machine.`,
 		Example: `  keybroker init --slot tpm2 --slot passphrase
   keybroker init --slot tpm2 --pcrs sha256:7+11 --import master.bin`,
-		Args: usageArgs(cobra.NoArgs),
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := f.check(); err != nil {
 				return usageError{err}

@@ -159,9 +159,12 @@ func strict(c *cobra.Command) {
 	case check == nil:
 		check = cobra.ArbitraryArgs
 	}
-	c.Args = usageArgs(func(c *cobra.Command, args []string) error {
-		return cmp.Or(check(c, args), c.ValidateRequiredFlags(), c.ValidateFlagGroups())
-	})
+	c.Args = func(c *cobra.Command, args []string) error {
+		if err := cmp.Or(check(c, args), c.ValidateRequiredFlags(), c.ValidateFlagGroups()); err != nil {
+			return usageError{fmt.Errorf("%w; see `%s --help`", err, c.CommandPath())}
+		}
+		return nil
+	}
 	for _, sub := range c.Commands() {
 		strict(sub)
 	}

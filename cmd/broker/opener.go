@@ -42,7 +42,7 @@ func newKeyholderOpenCommand(g *globals) *cobra.Command {
 		Use:    "keyholder-open",
 		Short:  "Open the realm into a secret page (started by the broker alone)",
 		Hidden: true,
-		Args:   usageArgs(cobra.NoArgs),
+		Args:   cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := hardenProcess(); err != nil {
 				return err

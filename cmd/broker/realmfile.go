@@ -253,14 +253,3 @@ func describe(kind string, params jsontext.Value) string {
 	}
 	return text
 }
-
-// usageArgs makes a wrong number of arguments a mistake in the command line.
-func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
-	return func(c *cobra.Command, args []string) error {
-		err := check(c, args)
-		if err == nil || errors.As(err, &usageError{}) {
-			return err
-		}
-		return usageError{fmt.Errorf("%w; see `%s --help`", err, c.CommandPath())}
-	}
-}

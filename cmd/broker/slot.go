@@ -18,8 +18,6 @@ func newSlotCommand(g *globals) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "slot",
 		Short: "List, add, remove and test the keyslots that open the realm",
-		Args:  usageArgs(cobra.NoArgs),
-		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	c.AddCommand(newSlotListCommand(g), newSlotAddCommand(g), newSlotRemoveCommand(g), newSlotTestCommand(g))
 	return c
@@ -46,7 +44,7 @@ func newSlotListCommand(g *globals) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "list",
 		Short: "List the keyslots; the realm stays closed",
-		Args:  usageArgs(cobra.NoArgs),
+		Args:  cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
 			file, _, err := g.loadRealm()
 			if err != nil {
@@ -95,7 +93,7 @@ func newSlotAddCommand(g *globals) *cobra.Command {
 For a new passphrase slot --passphrase-file is the new passphrase, and --unlock-passphrase-file that of an old slot.`,
 		Example: `  keybroker slot add passphrase
   keybroker slot add tpm2 --pcrs sha256:7+11`,
-		Args:      usageArgs(cobra.ExactArgs(1)),
+		Args:      cobra.ExactArgs(1),
 		ValidArgs: slotKinds,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := f.check(args[0]); err != nil {
@@ -208,7 +206,7 @@ func newSlotRemoveCommand(g *globals) *cobra.Command {
 		Long: `Remove a keyslot. The realm is opened by another slot first, which proves that the removed one is not the last that works;
 with --force it is removed even if it is.
 This is no revocation: a copy of realm.json from before still opens by the removed slot.`,
-		Args: usageArgs(cobra.ExactArgs(1)),
+		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			id, err := seal.ParseSlotID(args[0])
 			if err != nil {
@@ -272,7 +270,7 @@ func newSlotTestCommand(g *globals) *cobra.Command {
 		Use:   "test [ID | --all]",
 		Short: "Say whether a keyslot, or each, opens the realm now",
 		Long:  "Open the realm by one keyslot, or by each in turn, and close it again. The exit status is 1 if any of them does not open.",
-		Args:  usageArgs(cobra.MaximumNArgs(1)),
+		Args:  cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if all && len(args) > 0 {
 				return usageError{errors.New("want a slot's id or --all, got both")}

@@ -180,7 +180,7 @@ func newUnlockCommand(g *globals) *cobra.Command {
 		Short: "Open a realm that waits for its passphrase, or that was locked",
 		Long: `Open the realm of a running broker. If it was locked, the broker tries its slots again; if none opens without a person, the
 passphrase goes straight to the process that opens the realm, and not through the broker.`,
-		Args: usageArgs(cobra.NoArgs),
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return g.unlock(cmd.Context(), file) },
 	}
 	c.Flags().StringVar(&file, "passphrase-file", "", "`FILE` with the passphrase, less one newline at its end; - is standard input")
