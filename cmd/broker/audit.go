@@ -18,6 +18,7 @@ import (
 	"keybroker/inject"
 	"keybroker/internal/audit"
 	"keybroker/internal/config"
+	"keybroker/internal/daemon"
 	"keybroker/internal/store"
 )
 
@@ -112,10 +113,10 @@ func addStoredHead(p config.Paths, opts *audit.VerifyOptions) string {
 		return "not read: a broker holds the store; \"keybroker status\" shows its head"
 	case errors.Is(err, fs.ErrNotExist):
 		return "none: there is no store"
-	case errors.Is(err, store.ErrNotFound):
-		return "none in the store"
 	case err != nil:
 		return "not read: " + err.Error()
+	case h == audit.Head{}:
+		return "none in the store"
 	}
 	opts.Heads = append(opts.Heads, h)
 	return h.String()
@@ -127,19 +128,7 @@ func storedHead(path string) (audit.Head, error) {
 		return audit.Head{}, err
 	}
 	defer s.Close()
-	return loadHead(s)
-}
-
-func loadHead(s *store.Store) (audit.Head, error) {
-	var text []byte
-	err := s.View(func(tx store.Tx) (err error) {
-		text, err = tx.Get(audit.HeadBucket, audit.HeadKey)
-		return err
-	})
-	if err != nil {
-		return audit.Head{}, err
-	}
-	return audit.ParseHead(string(text))
+	return daemon.LoadHead(s)
 }
 
 func printReport(w io.Writer, dir, stored string, identities []string, r *audit.Report) {
@@ -397,8 +386,8 @@ func (g *globals) resetAudit(ctx context.Context, reason string) error {
 // examineAudit returns the stored head and what is broken, which must be something.
 func examineAudit(s *store.Store, dir string) (audit.Head, *audit.Report, error) {
 	var opts audit.VerifyOptions
-	head, err := loadHead(s)
-	if err == nil {
+	head, err := daemon.LoadHead(s)
+	if err == nil && head.Seq > 0 {
 		opts.Heads = []audit.Head{head}
 	}
 	report, err := audit.Verify(dir, opts)
@@ -423,9 +412,7 @@ func beginAudit(ctx context.Context, s *store.Store, p config.Paths, realm, reas
 			return nil, errors.New("this command does not open the realm")
 		},
 		LoadHead: func() (audit.Head, error) { return audit.Head{}, nil },
-		SaveHead: func(h audit.Head) error {
-			return s.Update(func(tx store.Tx) error { return tx.Put(audit.HeadBucket, audit.HeadKey, []byte(h.String())) })
-		},
+		SaveHead: func(h audit.Head) error { return daemon.SaveHead(s, h) },
 	})
 	if err != nil {
 		return err

@@ -158,27 +158,26 @@ func lockRealm(ctx context.Context, paths config.Paths) (*seal.Locked, error) {
 	return l, realmHint(err)
 }
 
-// hardenProcess keeps what this process holds out of core dumps, out of traces, and away from other processes of its user.
+// hardenProcess keeps what this process holds out of core dumps, out of traces, and away from other processes of its user. It
+// does what it can, and says what it cannot.
 func hardenProcess() error {
 	debug.SetTraceback("none")
-	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
-		return fmt.Errorf("forbidding core dumps: %w", err)
-	}
-	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
-		return fmt.Errorf("forbidding traces of this process: %w", err)
-	}
-	// On every thread; where cgo keeps Go from that, on this one.
-	_, _, errno := syscall.AllThreadsSyscall6(unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, 0)
-	if errno == unix.ENOTSUP {
-		if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
-			return fmt.Errorf("forbidding new privileges: %w", err)
-		}
-		return nil
-	}
-	if errno != 0 {
-		return fmt.Errorf("forbidding new privileges: %w", errno)
+	if err := errors.Join(unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}), unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0), noNewPrivileges()); err != nil {
+		return fmt.Errorf("forbidding core dumps, traces and new privileges: %w", err)
 	}
 	return nil
+}
+
+// noNewPrivileges holds on every thread; where cgo keeps Go from that, on this one.
+func noNewPrivileges() error {
+	_, _, errno := syscall.AllThreadsSyscall6(unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, 0)
+	switch errno {
+	case 0:
+		return nil
+	case unix.ENOTSUP:
+		return unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+	}
+	return errno
 }
 
 // loadRealm reads the realm file.

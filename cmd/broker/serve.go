@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
-	"runtime/debug"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -41,7 +40,9 @@ With --state-dir it runs beside the system's own broker, as an ordinary user.`,
 			if err != nil {
 				return usageError{err}
 			}
-			harden(log)
+			if err := hardenProcess(); err != nil {
+				log.Warn("other processes of this user may read this one's memory", "err", err)
+			}
 			reload := make(chan os.Signal, 1)
 			signal.Notify(reload, unix.SIGHUP)
 			return daemon.Run(cmd.Context(), daemon.Config{
@@ -94,15 +95,4 @@ func logger(g *globals, cfg *config.Config, format, level string) (*slog.Logger,
 		}
 	}
 	return slog.New(slog.NewTextHandler(g.stderr, options)), nil
-}
-
-// harden keeps keys that pass through out of core dumps and away from other processes of this user.
-func harden(log *slog.Logger) {
-	debug.SetTraceback("none")
-	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
-		log.Warn("core dumps are not off", "err", err)
-	}
-	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
-		log.Warn("other processes of this user may read this one's memory", "err", err)
-	}
 }
