@@ -56,8 +56,8 @@ lab-programs: build
 	CGO_ENABLED=0 $(GO) test -c -o bin/libvirt.test ./hypervisor/libvirt
 	$(GO) build -o bin/lab ./e2e/lab
 
-bench: ## what a release and a derivation cost
-	$(GO) test -run '^$$' -bench . -benchmem ./...
+bench: ## what a key costs: one table, each ratio within one run (docs/performance.md)
+	@cd internal/daemon && $(GO) test -count=1 -timeout 30m -run '^TestTable$$' -table
 
 lint: vet staticcheck ## gofmt, vet and staticcheck
 
