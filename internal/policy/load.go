@@ -2,6 +2,7 @@ package policy
 
 import (
 	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -68,7 +69,7 @@ func readDropIns(dir string) ([]File, error) {
 // Parse makes a policy of files in their order. Without any it is the policy that allows nothing.
 func Parse(files ...File) (*Policy, error) {
 	b := &builder{
-		p:        &Policy{exact: map[string][]*Service{}, globs: map[string][]*Service{}, byUUID: map[string]*VM{}},
+		p:        &Policy{exact: map[string][]*Service{}, globs: map[string][]*Service{}, byUUID: map[string]*VM{}, uids: map[uint32]bool{}},
 		subjects: map[string]*VM{},
 	}
 	var errs []error
@@ -81,7 +82,8 @@ func Parse(files ...File) (*Policy, error) {
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
-	b.p.digest = sha256.Sum256(tuple.Encode(digested...))
+	digest := sha256.Sum256(tuple.Encode(digested...))
+	b.p.digest = hex.EncodeToString(digest[:])
 	return b.p, nil
 }
 

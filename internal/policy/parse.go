@@ -45,6 +45,9 @@ func (b *builder) service(file string, t *tomlfile.Table) {
 	}
 	s.Rule = ruleName(file, t, "service", s.Name)
 	b.p.services = append(b.p.services, s)
+	for _, uid := range s.UIDs {
+		b.p.uids[uid] = b.p.uids[uid] || !s.useless()
+	}
 	if glob {
 		b.p.globs[prefix] = append(b.p.globs[prefix], s)
 	} else {

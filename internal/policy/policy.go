@@ -6,7 +6,6 @@ package policy
 
 import (
 	"cmp"
-	"encoding/hex"
 	"fmt"
 	"slices"
 	"strings"
@@ -39,13 +38,14 @@ const (
 
 // A Policy is what was loaded. The zero value refuses everything.
 type Policy struct {
-	digest   [32]byte
+	digest   string // hexadecimal
 	files    []string
 	services []*Service
 	exact    map[string][]*Service // by name
 	globs    map[string][]*Service // by what stands before the *
 	vms      []*VM
 	byUUID   map[string]*VM
+	uids     map[uint32]bool // that some entry of a service allows
 }
 
 // A Service is one [[service]] entry. Its slices are not to be changed.
@@ -134,6 +134,10 @@ func (p *Policy) Service(name string, c Claims) Decision {
 	}
 	return p.refuseService(name, c)
 }
+
+// NamesUID reports whether any [[service]] entry has this uid and a chance to allow it. Whom it does not name gets no key,
+// whatever it asks for.
+func (p *Policy) NamesUID(uid uint32) bool { return p.uids[uid] }
 
 // matching yields the entries whose names match, in no order.
 func (p *Policy) matching(name string) func(yield func(*Service) bool) {
@@ -236,7 +240,4 @@ func (p *Policy) VMs() []*VM { return slices.Clone(p.vms) }
 func (p *Policy) Files() []string { return slices.Clone(p.files) }
 
 // Digest returns SHA-256 over the files' names and contents, in hexadecimal: it stands for the policy in audit records.
-func (p *Policy) Digest() string { return hex.EncodeToString(p.digest[:]) }
-
-// DigestBytes returns the digest's 32 octets.
-func (p *Policy) DigestBytes() [32]byte { return p.digest }
+func (p *Policy) Digest() string { return p.digest }

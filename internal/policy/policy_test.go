@@ -120,6 +120,14 @@ via = []
 		if (d.Reason == "") != d.Allow {
 			t.Errorf("%s by %+v: reason %q", c.name, c.claims, d.Reason)
 		}
+		if d.Allow && !p.NamesUID(c.claims.UID) {
+			t.Errorf("uid %d is allowed and not named", c.claims.UID)
+		}
+	}
+	for _, uid := range []uint32{0, 5, 1000} { // 5 stands in entries that allow nobody
+		if p.NamesUID(uid) {
+			t.Errorf("uid %d is named", uid)
+		}
 	}
 }
 
