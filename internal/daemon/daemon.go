@@ -140,7 +140,7 @@ func open(c Config, from passed) (*Broker, *listeners, error) {
 	if b.services, err = newServices(b); err != nil {
 		return nil, nil, err
 	}
-	if err := b.services.callers.CheckTCP(); err != nil {
+	if err := b.services.conns.callers.CheckTCP(); err != nil {
 		c.Log.Warn("services on TCP will be refused; the Unix socket works", "err", err)
 	}
 	if b.libvirt, err = libvirt.New(libvirt.Config{Sockets: c.Settings.Libvirt}); err != nil {

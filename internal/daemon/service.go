@@ -1,9 +1,7 @@
 package daemon
 
 import (
-	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
@@ -34,34 +32,24 @@ import (
 var foreign = []string{"Origin", "Referer", "Via", "Forwarded", "X-Real-Ip"}
 
 const (
-	answerTime  = 10 * time.Second // for an answer to be taken: a caller that does not read is not waited for
-	maxRefusing = 64               // connections that wait to be told why they get nothing
-	lookAtDisk  = 100 * time.Millisecond
+	answerTime = 10 * time.Second // for an answer to be taken: a caller that does not read is not waited for
+	lookAtDisk = 100 * time.Millisecond
 )
 
 // services serve tier 1: keys of the host's own services.
 type services struct {
 	b        *Broker
-	low      atomic.Bool  // the audit log lives on its reserve
-	looked   atomic.Int64 // when that was seen, since the broker's start
-	reserve  sync.Map     // uid -> *rate.Limiter
-	callers  *caller.Resolver
+	conns    *conns
+	low      atomic.Bool            // the audit log lives on its reserve
+	looked   atomic.Int64           // when that was seen, since the broker's start
+	reserve  sync.Map               // uid -> *rate.Limiter
 	epochs   map[string]epochRecord // those of the store, which nothing changes while the broker runs
 	released prometheus.Counter
-	digest   atomic.Pointer[policyDigest]
+	patience time.Duration // answerTime, but in tests
+	keys     atomic.Int64  // answers with a key
 
-	mu       sync.Mutex
-	conns    map[net.Conn]*caller.Caller // whose each open connection is
-	byUID    map[uint32]int              // how many each caller has
-	refusing map[net.Conn]struct{}       // open connections that get nothing but a refusal
-	answers  map[inject.Code]int         // refusals
-	keys     atomic.Int64                // answers with a key
-}
-
-// policyDigest keeps the hexadecimal form of a policy's digest, which every record has.
-type policyDigest struct {
-	of  *policy.Policy
-	hex string
+	mu      sync.Mutex
+	answers map[inject.Code]int // refusals
 }
 
 func newServices(b *Broker) (*services, error) {
@@ -75,13 +63,15 @@ func newServices(b *Broker) (*services, error) {
 		return nil, err
 	}
 	return &services{
-		b: b, callers: callers, epochs: epochs, released: b.metrics.releases.WithLabelValues("service"),
-		conns: map[net.Conn]*caller.Caller{}, byUID: map[uint32]int{}, refusing: map[net.Conn]struct{}{}, answers: map[inject.Code]int{},
+		b: b, conns: newConns(callers, &b.cfg.Limits, func(uid uint32) bool { return b.policy().NamesUID(uid) }),
+		epochs: epochs, released: b.metrics.releases.WithLabelValues("service"), patience: answerTime, answers: map[inject.Code]int{},
 	}, nil
 }
 
-// collectLess lets the heap grow to five times what lives, unless GOGC says otherwise. Little lives in a broker, a few megabytes,
-// so with Go's own setting a busy one collects hundreds of times a second, which was a tenth of its time.
+// collectLess lets the heap grow to five times what lives in it before it is collected, unless the environment has GOGC. Go's own
+// setting, twice what lives, suits a program whose heap is large: in a broker a few megabytes live, so a busy one, which uses up
+// some kilobytes with each request, would collect hundreds of times a second, and spend a tenth of its time so. What it costs is
+// memory: ten to twenty megabytes at most.
 func collectLess() {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(400)
@@ -110,121 +100,36 @@ func (s *services) server(via string) *http.Server {
 	l := s.b.cfg.Limits
 	return &http.Server{
 		Handler:           http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { s.route(w, r, via) }),
-		ReadHeaderTimeout: l.HeaderTimeout, ReadTimeout: l.HeaderTimeout, WriteTimeout: answerTime, IdleTimeout: l.IdleTimeout,
+		ReadHeaderTimeout: l.HeaderTimeout, ReadTimeout: l.HeaderTimeout, WriteTimeout: s.patience, IdleTimeout: l.IdleTimeout,
 		MaxHeaderBytes: 8 << 10,
-		ConnContext:    s.identify, ConnState: s.closed, ErrorLog: slog.NewLogLogger(s.b.log.Handler(), slog.LevelDebug),
+		ConnContext:    s.conns.identify, ConnState: s.conns.closed, ErrorLog: slog.NewLogLogger(s.b.log.Handler(), slog.LevelDebug),
 	}
 }
 
 // route does what a ServeMux would for two routes, and leaves out what takes one time: it matches, and neither redirects nor
-// takes HEAD for a GET, which would release a key to nobody.
+// takes HEAD for a GET, which would release a key to nobody. Only who gets what it asked for keeps its connection.
 func (s *services) route(w http.ResponseWriter, r *http.Request, via string) {
+	p := peerOf(r.Context())
 	name, isKey := strings.CutPrefix(r.URL.Path, "/v1/keys/")
 	switch {
 	case !(isKey && name != "" && !strings.Contains(name, "/")) && r.URL.Path != "/healthz":
+		w.Header().Set("Connection", "close")
 		http.NotFound(w, r)
 	case r.Method != http.MethodGet:
+		w.Header().Set("Connection", "close")
 		w.Header().Set("Allow", http.MethodGet)
 		http.Error(w, "only GET is served here", http.StatusMethodNotAllowed)
 	case isKey:
-		s.serveKey(w, r, name, via)
+		s.serveKey(w, r, p, name, via)
 	default:
-		s.health(w)
+		s.health(w, p)
 	}
 }
 
-type callerKey struct{}
-
-// peer is who the kernel says is at the other end of a connection, or why it cannot say. What does not change while the
-// connection lasts is written down once.
-type peer struct {
-	who    *caller.Caller
-	claims policy.Claims
-	audit  *audit.Caller
-	err    error
-}
-
-func newPeer(who *caller.Caller, via string) *peer {
-	unit := who.Unit()
-	return &peer{
-		who: who, audit: &audit.Caller{UID: who.UID, Unit: unit, PID: int32(who.PID)},
-		claims: policy.Claims{UID: who.UID, Via: via, MatchUnit: who.MatchUnit, Unit: unit, NoUnit: who.NoUnit},
+func (s *services) health(w http.ResponseWriter, p *peer) {
+	if p.err != nil { // it is not counted among the connections of its user
+		w.Header().Set("Connection", "close")
 	}
-}
-
-// identify asks the kernel about a new connection's other end, once, when it is accepted.
-func (s *services) identify(ctx context.Context, c net.Conn) context.Context {
-	var p *peer
-	var who *caller.Caller
-	var err error
-	switch c := c.(type) {
-	case *net.UnixConn:
-		if who, err = s.callers.FromUnix(c); err == nil {
-			p = newPeer(who, policy.ViaUnix)
-		}
-	case *net.TCPConn:
-		if who, err = s.callers.FromTCP(c); err == nil {
-			p = newPeer(who, policy.ViaTCP)
-		}
-	default:
-		err = fmt.Errorf("a connection of type %T", c)
-	}
-	if err == nil && !s.admit(c, who) {
-		who.Close()
-		err = refusal(inject.CodeBusy, "this user has %d connections open already", s.b.cfg.Limits.ConnectionsPerCaller)
-	}
-	if err != nil {
-		p = &peer{err: err}
-		s.linger(c)
-	}
-	return context.WithValue(ctx, callerKey{}, p)
-}
-
-// admit counts a connection, unless its caller has too many.
-func (s *services) admit(c net.Conn, who *caller.Caller) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	uid := who.UID
-	if s.byUID[uid] >= s.b.cfg.Limits.ConnectionsPerCaller || len(s.conns) >= s.b.cfg.Limits.Connections {
-		return false
-	}
-	s.conns[c] = who
-	s.byUID[uid]++
-	return true
-}
-
-// linger keeps a connection that gets nothing open until its first request is answered with the reason. When there are many
-// such it is closed instead: whoever opens them faster than they run into their deadline must not use up the descriptors.
-func (s *services) linger(c net.Conn) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if len(s.refusing) >= maxRefusing {
-		c.Close()
-		return
-	}
-	s.refusing[c] = struct{}{}
-}
-
-func (s *services) closed(c net.Conn, state http.ConnState) {
-	if state != http.StateClosed && state != http.StateHijacked {
-		return
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.refusing, c)
-	who, ok := s.conns[c]
-	if !ok {
-		return
-	}
-	who.Close()
-	delete(s.conns, c)
-	uid := who.UID
-	if s.byUID[uid]--; s.byUID[uid] == 0 {
-		delete(s.byUID, uid)
-	}
-}
-
-func (s *services) health(w http.ResponseWriter) {
 	if _, err := s.b.realm.current(); err != nil {
 		http.Error(w, string(inject.CodeLocked), http.StatusServiceUnavailable)
 		return
@@ -246,8 +151,8 @@ var (
 )
 
 // serveKey answers GET /v1/keys/{name}.
-func (s *services) serveKey(w http.ResponseWriter, r *http.Request, name, via string) {
-	key, epoch, err := s.release(r, name, via)
+func (s *services) serveKey(w http.ResponseWriter, r *http.Request, p *peer, name, via string) {
+	key, epoch, err := s.release(r, p, name, via)
 	if err != nil {
 		s.refuse(w, inject.AsRefusal(err))
 		return
@@ -279,46 +184,63 @@ func (s *services) refuse(w http.ResponseWriter, r inject.Refusal) {
 }
 
 // release decides, records and derives: no record, no key.
-func (s *services) release(r *http.Request, name, via string) (key derive.ServiceKey, epoch uint32, err error) {
-	p, ok := r.Context().Value(callerKey{}).(*peer)
-	if !ok || p.err != nil {
+func (s *services) release(r *http.Request, p *peer, name, via string) (key derive.ServiceKey, epoch uint32, err error) {
+	if p.err != nil {
 		return key, 0, s.unidentified(p)
 	}
-	d, err := s.decide(r, p, name, via)
+	g, err := s.decide(r, p, name, via)
 	if err != nil {
-		return key, 0, s.refused(p, name, d.Rule, inject.AsRefusal(err))
+		return key, 0, s.refused(p, name, g.rule, inject.AsRefusal(err))
 	}
-	holder, err := s.b.realm.current()
-	if err != nil {
-		return key, 0, s.refused(p, name, d.Rule, inject.AsRefusal(err))
-	}
-	e := s.epoch(name)
-	if epoch, err = e.pick(wantedEpoch(r)); err != nil {
-		return key, 0, s.refused(p, name, d.Rule, inject.AsRefusal(err))
-	}
-	if err := p.who.Still(r.Context()); err != nil { // the port may be another's by now
-		return key, 0, s.refused(p, name, d.Rule, inject.Refusal{Code: inject.CodeUnknownPeer, Reason: "the caller is gone", Cause: err})
-	}
-	if err := s.record(p, name, epoch, d.Rule); err != nil {
+	if err := s.record(p, name, g); err != nil {
 		return key, 0, err
 	}
-	key, err = holder.ServiceKey(r.Context(), e.Generation, name, epoch, d.Length)
-	return key, epoch, err
+	key, err = g.holder.ServiceKey(r.Context(), g.generation, name, g.epoch, g.length)
+	return key, g.epoch, err
 }
 
-// decide holds a request to the rules of the door and then to policy.
-func (s *services) decide(r *http.Request, p *peer, name, via string) (policy.Decision, error) {
-	if err := checkHeaders(r, via); err != nil {
-		return policy.Decision{}, err
-	}
-	if err := checkEpoch(r); err != nil {
-		return policy.Decision{}, err
+// grant is a key that a caller may have.
+type grant struct {
+	rule       string // that decided; also of a refusal
+	holder     *derive.Holder
+	generation uint32
+	epoch      uint32
+	length     int
+}
+
+// decide holds a request to the rules of the door and to policy, and asks last whether its caller is still there.
+func (s *services) decide(r *http.Request, p *peer, name, via string) (g grant, err error) {
+	want, err := checkRequest(r, via)
+	if err != nil {
+		return g, err
 	}
 	d := s.b.policy().Service(name, p.claims)
-	if !d.Allow {
-		return d, decisionRefusal(d)
+	if g.rule, g.length = d.Rule, d.Length; !d.Allow {
+		return g, decisionRefusal(d)
 	}
-	return d, nil
+	if g.holder, err = s.b.realm.current(); err != nil {
+		return g, err
+	}
+	e := s.epoch(name)
+	g.generation = e.Generation
+	if g.epoch, err = e.pick(want); err != nil {
+		return g, err
+	}
+	if err := p.who.Still(r.Context()); err != nil { // the port may be another's by now
+		return g, inject.Refusal{Code: inject.CodeUnknownPeer, Reason: "the caller is gone", Cause: err}
+	}
+	return g, nil
+}
+
+// checkRequest holds a request to the rules of the door, and returns the epoch that it wants; 0 is the current one.
+func checkRequest(r *http.Request, via string) (epoch uint32, err error) {
+	if err := checkHeaders(r, via); err != nil {
+		return 0, err
+	}
+	if r.ContentLength != 0 {
+		return 0, refusal(inject.CodeMalformed, "a request for a key has no body")
+	}
+	return wantedEpoch(r.URL.RawQuery)
 }
 
 // checkHeaders refuses what a browser or proxy would send on somebody else's behalf.
@@ -347,29 +269,16 @@ func localHost(host string) bool {
 	return name == "localhost" || err == nil && (a == netip.AddrFrom4([4]byte{127, 0, 0, 1}) || a == netip.IPv6Loopback())
 }
 
-func checkEpoch(r *http.Request) error {
-	q := r.URL.RawQuery
-	if q == "" {
-		return nil
+func wantedEpoch(query string) (uint32, error) {
+	if query == "" {
+		return 0, nil
 	}
-	text, ok := strings.CutPrefix(q, "epoch=")
-	if n, err := strconv.ParseUint(text, 10, 32); !ok || err != nil || n == 0 {
-		return refusal(inject.CodeMalformed, "the query is not epoch=N with N from 1")
-	}
-	return nil
-}
-
-// wantedEpoch reads what checkEpoch has checked; 0 is the current one.
-func wantedEpoch(r *http.Request) uint32 {
-	text, ok := strings.CutPrefix(r.URL.RawQuery, "epoch=")
-	if !ok {
-		return 0
-	}
+	text, ok := strings.CutPrefix(query, "epoch=")
 	n, err := strconv.ParseUint(text, 10, 32)
-	if err != nil {
-		return 0
+	if !ok || err != nil || n == 0 {
+		return 0, refusal(inject.CodeMalformed, "the query is not epoch=N with N from 1")
 	}
-	return uint32(n)
+	return uint32(n), nil
 }
 
 // epoch returns a service's epochs; one that never had a second has no record.
@@ -381,13 +290,13 @@ func (s *services) epoch(name string) epochRecord {
 }
 
 // record writes the audit record of a release before the key leaves.
-func (s *services) record(p *peer, name string, epoch uint32, rule string) error {
+func (s *services) record(p *peer, name string, g grant) error {
 	if s.diskIsLow() && !s.lowDisk(p.who.UID).Allow() {
 		return refusal(inject.CodeBusy, "the disk is full, and this user asks too often for the reserve that is left")
 	}
 	r := s.auditRecord(p, name)
-	r.Event, r.Decision, r.Rule = audit.EventRelease, audit.Granted, rule
-	r.Names, r.Epochs = []string{name}, []uint32{epoch}
+	r.Event, r.Decision, r.Rule = audit.EventRelease, audit.Granted, g.rule
+	r.Names, r.Epochs = []string{name}, []uint32{g.epoch}
 	durability := audit.Written
 	if s.b.syncAlways {
 		durability = audit.Durable
@@ -415,18 +324,7 @@ func (s *services) lowDisk(uid uint32) *rate.Limiter {
 }
 
 func (s *services) auditRecord(p *peer, name string) audit.Record {
-	return audit.Record{Tier: "service", Subject: name, Policy: s.policyDigest(), Caller: p.audit}
-}
-
-// policyDigest returns the digest of the policy in force.
-func (s *services) policyDigest() string {
-	now := s.b.policy()
-	d := s.digest.Load()
-	if d == nil || d.of != now {
-		d = &policyDigest{now, now.Digest()}
-		s.digest.Store(d)
-	}
-	return d.hex
+	return audit.Record{Tier: "service", Subject: name, Policy: s.b.policy().Digest(), Caller: p.audit}
 }
 
 func (s *services) refused(p *peer, name, rule string, r inject.Refusal) inject.Refusal {
@@ -438,12 +336,10 @@ func (s *services) refused(p *peer, name, rule string, r inject.Refusal) inject.
 
 // unidentified refuses a caller whom the kernel does not name: it is told the code and no more.
 func (s *services) unidentified(p *peer) inject.Refusal {
-	r, reason := inject.Refusal{Code: inject.CodeUnknownPeer}, "no caller"
-	if p != nil {
-		r.Cause, reason = p.err, p.err.Error()
-		errors.As(p.err, &r)
-	}
-	s.b.refused("service", "unknown", audit.Record{Event: audit.EventRefusal, Decision: audit.Refused, Code: string(r.Code), Reason: reason, Tier: "service"}, nil)
+	r := inject.Refusal{Code: inject.CodeUnknownPeer, Cause: p.err}
+	errors.As(p.err, &r)
+	record := audit.Record{Event: audit.EventRefusal, Decision: audit.Refused, Code: string(r.Code), Reason: p.err.Error(), Tier: "service"}
+	s.b.refused("service", "unknown", record, nil)
 	return r
 }
 

@@ -50,11 +50,14 @@ func TestHeaders(t *testing.T) {
 }
 
 func TestEpochQuery(t *testing.T) {
-	for query, ok := range map[string]bool{"": true, "?epoch=1": true, "?epoch=4294967295": true, "?epoch=0": false, "?epoch=4294967296": false,
-		"?epoch=-1": false, "?epoch=1&epoch=2": false, "?x=1": false, "?epoch": false} {
-		r := httptest.NewRequest("GET", "http://127.0.0.1:7209/v1/keys/db"+query, nil)
-		if err := checkEpoch(r); (err == nil) != ok {
-			t.Errorf("%q: %v", query, err)
+	for query, want := range map[string]uint32{"": 0, "epoch=1": 1, "epoch=4294967295": 1<<32 - 1} {
+		if got, err := wantedEpoch(query); got != want || err != nil {
+			t.Errorf("%q: %d, %v", query, got, err)
+		}
+	}
+	for _, query := range []string{"epoch=0", "epoch=4294967296", "epoch=-1", "epoch=1&epoch=2", "x=1", "epoch", "1", "epoch="} {
+		if got, err := wantedEpoch(query); !errors.Is(err, inject.Refusal{Code: inject.CodeMalformed}) {
+			t.Errorf("%q: %d, %v", query, got, err)
 		}
 	}
 	e := epochRecord{Current: 3, Retired: 1, Generation: 1}

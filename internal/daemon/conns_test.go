@@ -1,0 +1,95 @@
+package daemon
+
+import (
+	"errors"
+	"net"
+	"net/http"
+	"testing"
+	"time"
+
+	"keybroker/inject"
+	"keybroker/internal/caller"
+	"keybroker/internal/config"
+	"keybroker/internal/policy"
+)
+
+// crowdOf opens as many connections of each user as are admitted, and returns them.
+func crowdOf(t *testing.T, c *conns, each int, users ...uint32) (open []net.Conn) {
+	t.Helper()
+	for _, uid := range users {
+		for range each {
+			ours, theirs := net.Pipe()
+			theirs.Close()
+			switch err := c.admit(ours, &caller.Caller{UID: uid}); {
+			case err == nil:
+				open = append(open, ours)
+			case !errors.Is(err, inject.Refusal{Code: inject.CodeBusy}):
+				t.Errorf("uid %d: %v", uid, err)
+			}
+		}
+	}
+	return open
+}
+
+// Users whom policy does not name have a part of the connections, however many they are; those whom it names have all the rest.
+func TestStrangersShareAPart(t *testing.T) {
+	policyNames := map[uint32]bool{1: true, 2: true, 3: true, 4: true, 5: true}
+	c := newConns(nil, &config.Limits{Connections: 64, ConnectionsPerCaller: 16}, func(uid uint32) bool { return policyNames[uid] })
+	strangers := crowdOf(t, c, 20, 11, 12, 13, 14, 15, 16, 17, 18)
+	if len(strangers) != 8 {
+		t.Errorf("%d connections of strangers, expected an eighth of 64", len(strangers))
+	}
+	named := crowdOf(t, c, 20, 1, 2, 3)
+	if len(named) != 48 {
+		t.Errorf("%d connections of three users whom policy names, expected 16 of each", len(named))
+	}
+	if more := crowdOf(t, c, 20, 4, 5); len(more) != 8 {
+		t.Errorf("%d connections more, expected 64 in all", len(more))
+	} else {
+		named = append(named, more...)
+	}
+	clear(policyNames) // a new policy: who came before it is counted as he was
+	for _, conn := range append(named, strangers...) {
+		c.closed(conn, http.StateIdle)
+		c.closed(conn, http.StateClosed)
+		c.closed(conn, http.StateClosed)
+	}
+	if len(c.open) != 0 || len(c.byUID) != 0 || c.strangers != 0 {
+		t.Errorf("afterwards %d connections of %d users, %d of strangers", len(c.open), len(c.byUID), c.strangers)
+	}
+	if open := crowdOf(t, c, 20, 1, 2); len(open) != 8 {
+		t.Errorf("%d connections of users whom policy named once", len(open))
+	}
+}
+
+// keeps asks for the broker's health, and says whether the connection stays open.
+func keeps(t *testing.T, r *raw) bool {
+	t.Helper()
+	if status, _, err := r.ask(getting("/healthz")); status != http.StatusOK {
+		t.Fatalf("health: %d, %v", status, err)
+	}
+	status, _, _ := r.ask(getting("/healthz"))
+	return status == http.StatusOK
+}
+
+// Who gets nothing keeps no connection by asking for the broker's health.
+func TestHealthOfStrangers(t *testing.T) {
+	const most, served = 16, 2 // an eighth
+	broker, _, path := startBroker(t, func(b *Broker) {
+		b.cfg.Limits.Connections, b.cfg.Limits.ConnectionsPerCaller = most, most
+		nobody, err := policy.Parse()
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.rules.Store(&loadedPolicy{Policy: nobody, at: time.Now()})
+	})
+	for n := range most {
+		if kept := keeps(t, dialRaw(t, path)); kept != (n < served) {
+			t.Errorf("connection %d of a stranger: kept open: %v", n+1, kept)
+		}
+	}
+	broker.reload()
+	if status, code, err := dialRaw(t, path).ask(getting("/v1/keys/db", ours)); status != http.StatusOK {
+		t.Errorf("once policy names the user: %d, %q, %v", status, code, err)
+	}
+}
