@@ -158,6 +158,7 @@ func (x *guest) watchProcess() {
 	case <-x.ctx.Done():
 		return
 	}
+	x.cancel() // before anything that takes time: its CID may be anybody's now
 	boot := x.boot()
 	x.b.ticket(x.domain.UUID, "process ended", func(t *hypervisor.Ticket) bool { return t.Gone(boot) })
 	x.b.guests.end(x.domain.UUID, x)
