@@ -226,7 +226,7 @@ func TestSyncAlways(t *testing.T) {
 			t.Fatal(err)
 		}
 		p := &peer{who: &caller.Caller{UID: 7}, audit: &audit.Caller{UID: 7}}
-		if err := b.services.record(p, "db", 1, "a rule"); err != nil {
+		if err := b.services.record(p, "db", grant{rule: "a rule", epoch: 1}); err != nil {
 			t.Fatal(err)
 		}
 		if s := b.audit.Stats(); (s.Synced == s.Head.Seq) != always {
