@@ -245,7 +245,7 @@ func (s *issuerSession) challenge(ctx context.Context, body []byte) (any, error)
 	if request.Tier != s.door.Tier {
 		return nil, s.refuse(ctx, nil, s.wrongTier())
 	}
-	if request.Subject != "" && !subjectPattern.MatchString(request.Subject) {
+	if request.Subject != "" && derive.CheckSubject(request.Subject) != nil {
 		return nil, s.refuse(ctx, nil, Refusal{Code: CodeMalformed, Reason: "challenge: a subject that is not a UUID in lower case"})
 	}
 	subject, offered, err := s.door.Offer(ctx, request.Subject)
@@ -303,7 +303,7 @@ func (s *issuerSession) claim(r *releaseRequest, nonce []byte, age time.Duration
 		return c, Refusal{Code: CodeExpiredNonce, Reason: fmt.Sprintf("the nonce is older than %v", nonceLife)}
 	case r.Tier != s.door.Tier:
 		return c, s.wrongTier()
-	case !subjectPattern.MatchString(r.Subject):
+	case derive.CheckSubject(r.Subject) != nil:
 		return c, Refusal{Code: CodeMalformed, Reason: "release: a subject that is not a UUID in lower case"}
 	case len(r.PK) != receiverSize:
 		return c, Refusal{Code: CodeMalformed, Reason: fmt.Sprintf("release: a public key of %d octets, expected %d", len(r.PK), receiverSize)}

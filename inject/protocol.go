@@ -13,6 +13,7 @@ import (
 
 	"github.com/go-json-experiment/json"
 
+	"keybroker/derive"
 	"keybroker/internal/octet"
 )
 
@@ -144,18 +145,13 @@ func shownPointer(p string) string {
 	return strings.TrimPrefix(p, "/")
 }
 
-var (
-	namePattern    = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$`)
-	subjectPattern = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
-)
-
 // checkWant holds a list of wanted keys to the protocol: 1 to 64, sorted by name and then epoch, unique.
 func checkWant(want []Want) error {
 	if len(want) == 0 || len(want) > MaxWant {
 		return fmt.Errorf("%d wanted keys, expected 1 to %d", len(want), MaxWant)
 	}
 	for i, w := range want {
-		if !namePattern.MatchString(w.Name) {
+		if derive.CheckServiceName(w.Name) != nil {
 			return fmt.Errorf("wanted key %d has no valid name", i+1)
 		}
 		if i > 0 && compareWant(want[i-1], w) >= 0 {

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"keybroker/derive"
 	"keybroker/internal/octet"
 )
 
@@ -117,7 +118,7 @@ func (s *Session) Challenge(ctx context.Context) (*Challenge, error) {
 	if !slices.Contains(s.receiver.Pins, Pin(c.Issuer)) {
 		return nil, fmt.Errorf("%w: expected %v, got %v", ErrNotPinned, s.receiver.Pins, Pin(c.Issuer))
 	}
-	if !subjectPattern.MatchString(c.Subject) || (s.receiver.Subject != "" && c.Subject != s.receiver.Subject) {
+	if derive.CheckSubject(c.Subject) != nil || (s.receiver.Subject != "" && c.Subject != s.receiver.Subject) {
 		return nil, fmt.Errorf("%w: expected %q, got %q", ErrSubject, s.receiver.Subject, printable(c.Subject))
 	}
 	return &c, nil

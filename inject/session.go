@@ -11,6 +11,7 @@ import (
 
 	"github.com/go-json-experiment/json"
 
+	"keybroker/derive"
 	"keybroker/internal/tuple"
 )
 
@@ -20,7 +21,7 @@ const (
 	labelSeal    = "keybroker/v1 seal"
 	labelAck     = "keybroker/v1 ack"
 	// LabelRelease is what the issuer's identity signs an answer under.
-	LabelRelease = "keybroker/v1 release"
+	LabelRelease = derive.LabelRelease
 )
 
 // Transcript is T, the digest of everything that one session agrees on.

@@ -14,6 +14,7 @@ import (
 
 	"github.com/BurntSushi/toml"
 
+	"keybroker/derive"
 	"keybroker/inject"
 	"keybroker/inject/sink"
 )
@@ -154,11 +155,7 @@ func lineOf(text string, key toml.Key, meant func(value string) bool) int {
 	return 1 + max(0, strings.Count(text[:max(0, strings.Index(text, name))], "\n")) // inline tables: where it is first named
 }
 
-var (
-	namePattern    = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$`)
-	mapperPattern  = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
-	subjectPattern = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
-)
+var mapperPattern = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
 
 // check holds a configuration to its rules and fills in what may be left out.
 func (r *rawConfig) check() (*config, error) {
@@ -166,7 +163,7 @@ func (r *rawConfig) check() (*config, error) {
 	if c.Tier != inject.TierVM {
 		return nil, fmt.Errorf("tier %q, expected %q", r.Tier, inject.TierVM)
 	}
-	if c.Subject != "" && !subjectPattern.MatchString(c.Subject) {
+	if c.Subject != "" && derive.CheckSubject(c.Subject) != nil {
 		return nil, fmt.Errorf("subject %q, expected this domain's UUID in lower case, or nothing", c.Subject)
 	}
 	if err := c.setPins(r.Broker); err != nil {
@@ -214,7 +211,7 @@ func (c *config) setKeys() error {
 	names, places := map[string]bool{}, map[string]string{}
 	for i := range c.Keys {
 		k := &c.Keys[i]
-		if !namePattern.MatchString(k.Name) {
+		if derive.CheckServiceName(k.Name) != nil {
 			return fmt.Errorf("key %d: name %q, expected 1 to 63 of a-z, 0-9, dot and dash", i+1, k.Name)
 		}
 		if names[k.Name] {

@@ -13,6 +13,7 @@ import (
 	"github.com/go-json-experiment/json"
 	"golang.org/x/sys/unix"
 
+	"keybroker/derive"
 	"keybroker/inject"
 	"keybroker/inject/sink"
 )
@@ -221,7 +222,7 @@ func firmwareUUID() string {
 		return ""
 	}
 	uuid := strings.ToLower(strings.TrimSpace(string(b)))
-	if !subjectPattern.MatchString(uuid) || strings.Trim(uuid, "0-") == "" || strings.Trim(uuid, "f-") == "" {
+	if derive.CheckSubject(uuid) != nil || strings.Trim(uuid, "0-") == "" || strings.Trim(uuid, "f-") == "" {
 		return ""
 	}
 	return uuid

@@ -7,6 +7,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+
+	"keybroker/derive"
 )
 
 // HeaderPins are the values that the issuer wants of a volume's header; zero leaves one to the allow list.
@@ -38,7 +40,6 @@ var (
 	allowedFlags = []string{"same-cpu-crypt", "submit-from-crypt-cpus", "no-read-workqueue", "no-write-workqueue"}
 
 	numberPattern = regexp.MustCompile(`^(0|[1-9][0-9]?)$`)
-	namePattern   = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$`)
 )
 
 // check holds a header to the allow list and to the issuer's pins, for a device of so many octets.
@@ -234,7 +235,7 @@ func (h *header) checkTokens() error {
 		switch {
 		case !numberPattern.MatchString(id):
 			return refuse("token %q is not a number", short(id))
-		case !namePattern.MatchString(t.Name) || t.Epoch == 0 || seen[t.Epoch]:
+		case derive.CheckServiceName(t.Name) != nil || t.Epoch == 0 || seen[t.Epoch]:
 			return refuse("token %s has no valid name, or no epoch of its own", id)
 		case len(t.Keyslots) != 1:
 			return refuse("token %s is for %d keyslots, expected 1", id, len(t.Keyslots))

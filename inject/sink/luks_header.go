@@ -10,9 +10,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"regexp"
 	"slices"
 	"strconv"
+
+	"keybroker/derive"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -235,8 +236,6 @@ func readCopy(r io.ReaderAt, at uint64, magic [6]byte) (*header, error) {
 	return parseHeader(&b, text)
 }
 
-var uuidPattern = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
-
 // check holds the binary part to the allow list.
 func (b *binaryHeader) check(at uint64) error {
 	switch {
@@ -250,7 +249,7 @@ func (b *binaryHeader) check(at uint64) error {
 		return refuse("it says that it is at %d and is at %d", b.Offset, at)
 	case cString(b.Algorithm[:]) != checksumAlgorithm:
 		return refuse("its checksum is %q, expected %q", cString(b.Algorithm[:]), checksumAlgorithm)
-	case !uuidPattern.MatchString(cString(b.UUID[:])):
+	case derive.CheckSubject(cString(b.UUID[:])) != nil:
 		return refuse("its UUID is %q, expected one in lower case", cString(b.UUID[:]))
 	}
 	return nil
