@@ -22,7 +22,7 @@ var mayImport = map[string][]string{
 }
 
 // leaves import nothing of ours.
-var leaves = []string{"internal/octet", "internal/tuple"}
+var leaves = []string{"internal/octet", "internal/plain", "internal/tuple"}
 
 // heavy is what the guest's agent must do without.
 var heavy = []string{

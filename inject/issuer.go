@@ -20,6 +20,7 @@ import (
 	"github.com/go-json-experiment/json"
 
 	"keybroker/derive"
+	"keybroker/internal/plain"
 )
 
 const (
@@ -365,7 +366,7 @@ func (s *issuerSession) ack(ctx context.Context, body []byte) (any, error) {
 		return nil, s.refuse(ctx, c, Refusal{Code: CodeMalformed, Reason: "ack: a body that is not a list of outcomes", Cause: err})
 	}
 	for n := range outcomes {
-		outcomes[n].Sink = printable(outcomes[n].Sink)
+		outcomes[n].Sink = plain.Short(outcomes[n].Sink, maxShown)
 	}
 	if err := s.door.Acked(ctx, c, outcomes); err != nil {
 		return nil, AsRefusal(err)

@@ -17,6 +17,7 @@ import (
 
 	"keybroker/derive"
 	"keybroker/internal/octet"
+	"keybroker/internal/plain"
 )
 
 // ReceiverKey is the HPKE key pair that a receiver makes once in a boot.
@@ -56,7 +57,7 @@ func ParsePin(s string) (Pin, error) {
 	text, ok := strings.CutPrefix(s, pinPrefix)
 	b, err := octet.ParseBase64(text)
 	if !ok || err != nil || len(b) != ed25519.PublicKeySize {
-		return Pin{}, fmt.Errorf("pin %q: expected %q and 43 characters of base64url, as `keybroker identity` prints it", printable(s), pinPrefix)
+		return Pin{}, fmt.Errorf("pin %q: expected %q and 43 characters of base64url, as `keybroker identity` prints it", plain.Short(s, maxShown), pinPrefix)
 	}
 	return Pin(b), nil
 }
@@ -119,7 +120,7 @@ func (s *Session) Challenge(ctx context.Context) (*Challenge, error) {
 		return nil, fmt.Errorf("%w: expected %v, got %v", ErrNotPinned, s.receiver.Pins, Pin(c.Issuer))
 	}
 	if derive.CheckSubject(c.Subject) != nil || (s.receiver.Subject != "" && c.Subject != s.receiver.Subject) {
-		return nil, fmt.Errorf("%w: expected %q, got %q", ErrSubject, s.receiver.Subject, printable(c.Subject))
+		return nil, fmt.Errorf("%w: expected %q, got %q", ErrSubject, s.receiver.Subject, plain.Short(c.Subject, maxShown))
 	}
 	return &c, nil
 }
@@ -282,5 +283,6 @@ func answerError(status int, body []byte) error {
 	if err := parse(body, &r); err != nil || r.Code == "" {
 		return fmt.Errorf("the issuer answered with status %d and no reason", status)
 	}
-	return Refusal{Code: Code(printable(string(r.Code))), Reason: printable(r.Reason), Rule: printable(r.Rule), Next: printable(r.Next)}
+	shown := func(s string) string { return plain.Short(s, maxShown) }
+	return Refusal{Code: Code(shown(string(r.Code))), Reason: shown(r.Reason), Rule: shown(r.Rule), Next: shown(r.Next)}
 }

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"strings"
 )
 
 // Code is a refusal's stable name: in answers, logs, status and the audit alike.
@@ -101,20 +100,8 @@ func (c Code) HTTPStatus() int {
 	return http.StatusForbidden
 }
 
-// printable makes a peer's words safe for a console: no control characters, bounded.
-func printable(s string) string {
-	const most = 512
-	s = strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f || (r >= 0x80 && r < 0xa0) {
-			return '?'
-		}
-		return r
-	}, s)
-	if len(s) > most {
-		s = s[:most] + "..."
-	}
-	return s
-}
+// maxShown is how many octets of a peer's words are shown.
+const maxShown = 512
 
 func malformed(what string, err error) Refusal {
 	return Refusal{Code: CodeMalformed, Reason: fmt.Sprintf("%s: %v", what, err)}

@@ -11,7 +11,6 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
-	"unicode"
 
 	"github.com/spf13/cobra"
 
@@ -19,6 +18,7 @@ import (
 	"keybroker/internal/audit"
 	"keybroker/internal/config"
 	"keybroker/internal/daemon"
+	"keybroker/internal/plain"
 	"keybroker/internal/store"
 )
 
@@ -135,7 +135,7 @@ func printReport(w io.Writer, dir, stored string, identities []string, r *audit.
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	defer t.Flush()
 	line := func(name, format string, args ...any) {
-		fmt.Fprintf(t, "%s\t%s\n", name, printableText(fmt.Sprintf(format, args...)))
+		fmt.Fprintf(t, "%s\t%s\n", name, plain.Line(fmt.Sprintf(format, args...)))
 	}
 	line("log", "%s: %s in %s", dir, several(r.Records, "record"), several(r.Files, "file"))
 	if r.Records > 0 {
@@ -174,16 +174,6 @@ func several[T int | uint64](n T, thing string) string {
 		thing += "s"
 	}
 	return fmt.Sprintf("%d %s", n, thing)
-}
-
-// printableText replaces what could steer a terminal: texts in the log may come from a peer.
-func printableText(s string) string {
-	return strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) {
-			return unicode.ReplacementChar
-		}
-		return r
-	}, s)
 }
 
 // auditHint adds what a user can do about an error of the log's files.
@@ -301,7 +291,7 @@ func (t *recordTable) row(r *audit.Record, _ []byte) error {
 	cells := []string{strconv.FormatUint(r.Seq, 10), r.Time.Format("2006-01-02T15:04:05.000Z"), string(r.Event), r.Tier, r.Subject,
 		keysOf(r), whoOf(r), code, whyOf(r)}
 	for i, c := range cells {
-		cells[i] = printableText(c)
+		cells[i] = plain.Line(c)
 	}
 	_, err := fmt.Fprintln(t.out, strings.TrimRight(strings.Join(cells, "\t"), "\t"))
 	return err

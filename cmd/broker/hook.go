@@ -11,12 +11,12 @@ import (
 	"slices"
 	"strings"
 	"time"
-	"unicode"
 
 	"github.com/go-json-experiment/json"
 	"github.com/spf13/cobra"
 
 	"keybroker/hypervisor"
+	"keybroker/internal/plain"
 )
 
 const (
@@ -96,7 +96,7 @@ type qemuHook struct {
 type hookRefusal struct{ hypervisor.HookRefusal }
 
 func (r hookRefusal) Error() string {
-	return fmt.Sprintf("this VM may not start: %s (%s)", printable(r.Reason), printable(r.Code))
+	return fmt.Sprintf("this VM may not start: %s (%s)", shown(r.Reason), shown(r.Code))
 }
 
 // run is the whole hook. It returns when ctx ends, even with a read of stdin still waiting, which nothing can end but the
@@ -121,7 +121,7 @@ func (h *qemuHook) run(ctx context.Context, args []string, stderr io.Writer) err
 		return refusal
 	}
 	if err != nil {
-		fmt.Fprintf(stderr, "keybroker: warning: hook: %s; the VM is not held up by it, the broker learns of it later\n", printable(err.Error()))
+		fmt.Fprintf(stderr, "keybroker: warning: hook: %s; the VM is not held up by it, the broker learns of it later\n", shown(err.Error()))
 	}
 	return nil
 }
@@ -199,17 +199,5 @@ func postHook(ctx context.Context, socket string, e hypervisor.HookEvent) error 
 	return hookRefusal{refusal}
 }
 
-// printable makes foreign text fit for one line of a terminal.
-func printable(s string) string {
-	const most = 500
-	s = strings.Map(func(c rune) rune {
-		if unicode.IsControl(c) {
-			return ' '
-		}
-		return c
-	}, strings.ToValidUTF8(s, "?"))
-	if len(s) > most {
-		s = strings.ToValidUTF8(s[:most], "") + "..."
-	}
-	return strings.TrimSpace(s)
-}
+// shown is foreign text for libvirt's log, which has one line for it.
+func shown(s string) string { return strings.TrimSpace(plain.Short(s, 500)) }

@@ -317,9 +317,9 @@ func TestHookPanics(t *testing.T) {
 	}
 }
 
-func TestPrintable(t *testing.T) {
-	for in, want := range map[string]string{"a\nb\x1b[2Jc\xff": "a b [2Jc?", strings.Repeat("ä", 400): strings.Repeat("ä", 250) + "...", " x\n": "x"} {
-		if got := printable(in); got != want {
+func TestShown(t *testing.T) {
+	for in, want := range map[string]string{"a\nb\x1b[2Jc": "a b\uFFFD[2Jc", strings.Repeat("ä", 400): strings.Repeat("ä", 250) + "...", " x\n": "x"} {
+		if got := shown(in); got != want {
 			t.Errorf("%q, want %q", got, want)
 		}
 	}

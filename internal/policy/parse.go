@@ -4,10 +4,10 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"unicode"
 
 	"keybroker/derive"
 	"keybroker/internal/config/tomlfile"
+	"keybroker/internal/plain"
 )
 
 // defaultLength is the length of a key whose entry does not say, in octets.
@@ -80,7 +80,7 @@ func checkUnits(t *tomlfile.Table, s *Service) {
 		switch {
 		case !strings.Contains(u, "/") && u != "":
 			t.Errorf("unit", "expected a whole cgroup path, got %.100q; did you mean %.120q (`systemctl show -P ControlGroup %.100s` prints it)",
-				u, "/system.slice/"+u, printable(u))
+				u, "/system.slice/"+u, plain.Line(u))
 		case !isCgroupPath(u):
 			t.Errorf("unit", "expected a whole cgroup path such as \"/system.slice/db.service\", got %.100q", u)
 		}
@@ -89,7 +89,7 @@ func checkUnits(t *tomlfile.Table, s *Service) {
 
 // isCgroupPath reports whether s is an absolute path in its shortest form, and not that of the root cgroup.
 func isCgroupPath(s string) bool {
-	if len(s) < 2 || len(s) > 1024 || s[0] != '/' || printable(s) != s {
+	if len(s) < 2 || len(s) > 1024 || s[0] != '/' || plain.Line(s) != s {
 		return false
 	}
 	for part := range strings.SplitSeq(s[1:], "/") {
@@ -98,16 +98,6 @@ func isCgroupPath(s string) bool {
 		}
 	}
 	return true
-}
-
-// printable drops what would disturb a terminal.
-func printable(s string) string {
-	return strings.Map(func(r rune) rune {
-		if unicode.IsPrint(r) {
-			return r
-		}
-		return -1
-	}, s)
 }
 
 func readLength(t *tomlfile.Table) int {
@@ -187,7 +177,7 @@ func checkUUID(t *tomlfile.Table, key, uuid string) {
 
 // checkText accepts what may be shown on a terminal.
 func checkText(t *tomlfile.Table, key, s, what string) {
-	if s == "" || len(s) > 255 || printable(s) != s || strings.Contains(s, "/") {
+	if s == "" || len(s) > 255 || plain.Line(s) != s || strings.Contains(s, "/") {
 		t.Errorf(key, "expected %s, 1 to 255 printable characters without /, got %.60q", what, s)
 	}
 }
