@@ -87,8 +87,8 @@ func (f *initFlags) check() error {
 }
 
 func checkKind(kind string) error {
-	if !slices.Contains(slotKinds, kind) {
-		return fmt.Errorf("slots of kind %q are not known: want %s", kind, strings.Join(slotKinds, " or "))
+	if !slices.Contains(config.Kinds(), kind) {
+		return fmt.Errorf("slots of kind %q are not known: want %s", kind, strings.Join(config.Kinds(), " or "))
 	}
 	return nil
 }

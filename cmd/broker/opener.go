@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"keybroker/derive"
+	"keybroker/internal/config"
 	"keybroker/internal/daemon"
 	"keybroker/seal"
 	"keybroker/seal/passphrase"
@@ -56,7 +57,7 @@ func newKeyholderOpenCommand(g *globals) *cobra.Command {
 	}
 	c.Flags().StringVar(&f.realm, "realm", "", "the realm `FILE`")
 	c.Flags().StringVar(&f.tpm, "tpm", tpm2.DefaultPath, "the TPM: a device or a Unix `SOCKET`")
-	c.Flags().StringVar(&f.order, "order", strings.Join(slotKinds, ","), "`KINDS` of slots to try, in this order, and no others")
+	c.Flags().StringVar(&f.order, "order", strings.Join(config.Kinds(), ","), "`KINDS` of slots to try, in this order, and no others")
 	c.Flags().StringVar(&f.pin, "pin", "", "the only `REALM` to open")
 	c.Flags().StringVar(&f.passphraseFile, "passphrase-file", "", "`FILE` with the passphrase")
 	return c

@@ -25,9 +25,6 @@ import (
 // lockWait is how long a command waits for another that changes the realm file.
 const lockWait = 10 * time.Second
 
-// slotKinds are the kinds of keyslot that this program knows, those that need nobody first.
-var slotKinds = []string{tpm2.Kind, passphrase.Kind}
-
 // newSlotCost is what Argon2id costs in new passphrase slots: zero, the package's own choice, except in tests.
 var newSlotCost passphrase.Config
 

@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"keybroker/internal/config"
 	"keybroker/seal"
 	"keybroker/seal/passphrase"
 	"keybroker/seal/tpm2"
@@ -94,7 +95,7 @@ For a new passphrase slot --passphrase-file is the new passphrase, and --unlock-
 		Example: `  keybroker slot add passphrase
   keybroker slot add tpm2 --pcrs sha256:7+11`,
 		Args:      cobra.ExactArgs(1),
-		ValidArgs: slotKinds,
+		ValidArgs: config.Kinds(),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := f.check(args[0]); err != nil {
 				return usageError{err}

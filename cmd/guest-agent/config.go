@@ -241,12 +241,12 @@ func (k *keyConfig) check() error {
 	}
 	switch k.Sink {
 	case sinkLUKS:
-		return errors.Join(k.none("luks", k.Type, k.Description, k.Keyring, k.Path), k.checkLUKS())
+		return errors.Join(k.none(sinkLUKS, k.Type, k.Description, k.Keyring, k.Path), k.checkLUKS())
 	case sinkKeyring:
 		k.keyringDefaults()
-		return errors.Join(k.none("keyring", k.Device, k.Mapper, k.Path), k.keyring().Check())
+		return errors.Join(k.none(sinkKeyring, k.Device, k.Mapper, k.Path), k.keyring().Check())
 	case sinkFile:
-		return errors.Join(k.none("file", k.Device, k.Mapper, k.Type, k.Description, k.Keyring), k.checkFile())
+		return errors.Join(k.none(sinkFile, k.Device, k.Mapper, k.Type, k.Description, k.Keyring), k.checkFile())
 	}
 	return fmt.Errorf("sink %q, expected luks, keyring or file", k.Sink)
 }

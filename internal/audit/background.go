@@ -9,13 +9,14 @@ import (
 	"fmt"
 	"time"
 
+	"keybroker/derive"
 	"keybroker/internal/octet"
 	"keybroker/internal/tuple"
 )
 
 // Label is the first field of what a checkpoint's signature is over: tuple.Encode(Label, u64(seq), hash, time, realm), with
 // seq as 8 octets of big-endian, the hash's 32 and the realm id's 16 octets, and the time in the characters of the record.
-const Label = "keybroker/v1 audit"
+const Label = derive.LabelAudit
 
 const (
 	signWait  = 5 * time.Second  // for one signature

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"keybroker/internal/config/tomlfile"
+	"keybroker/seal/passphrase"
+	"keybroker/seal/tpm2"
 )
 
 // Config is what broker.toml says, with a default for each setting that it does not have. It does not change after Load.
@@ -69,13 +71,13 @@ type Limits struct {
 
 // Kinds returns the kinds of keyslot that this build can open, in the order in which they are tried: those that need
 // nobody first.
-func Kinds() []string { return []string{"tpm2", "passphrase"} }
+func Kinds() []string { return []string{tpm2.Kind, passphrase.Kind} }
 
 // Default returns the settings of an empty broker.toml.
 func Default() *Config {
 	return &Config{
 		Listen:  []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:7209"), netip.MustParseAddrPort("[::1]:7209")},
-		TPM:     "/dev/tpmrm0",
+		TPM:     tpm2.DefaultPath,
 		Slots:   Kinds(),
 		Libvirt: []string{"/run/libvirt/virtqemud-sock-ro", "/run/libvirt/libvirt-sock-ro"},
 		VM:      VM{BootWindow: 10 * time.Minute},
