@@ -34,8 +34,6 @@ type Config struct {
 	Reserve int64
 	// MaxFile is the size in octets from which on a new file is begun; 0 means 32 MiB.
 	MaxFile int64
-	// MaxTotal is the size of all files in octets from which on refusals are dropped as on a full disk; 0 means no limit.
-	MaxTotal int64
 	// CheckpointRecords and CheckpointEvery: a checkpoint follows after so many records, or after so long when there was at
 	// least one; 0 means 4096 and 10 minutes.
 	CheckpointRecords uint64
@@ -102,7 +100,6 @@ type Log struct {
 	size    int64 // of the file
 	room    int64 // how far the file's blocks are allocated
 	full    int64 // at which size the next file is begun
-	older   int64 // size of the files before
 	retired []*os.File
 	head    Head
 	line    []byte
@@ -247,7 +244,7 @@ func (l *Log) rotate() {
 	}
 	_ = l.file.Truncate(l.size) // gives back the blocks ahead
 	l.retired = append(l.retired, l.file)
-	l.file, l.number, l.older = next, l.number+1, l.older+l.size
+	l.file, l.number = next, l.number+1
 	l.size, l.room, l.full = 0, l.cfg.Reserve, l.cfg.MaxFile
 }
 
@@ -338,7 +335,6 @@ type Stats struct {
 	Head    Head
 	Synced  uint64 // the last record that is known to be on disk
 	File    string // that is written to
-	Total   int64  // size of all files in octets
 	Reserve int64  // how many octets are allocated ahead now
 	Low     bool   // no space but the reserve: refusals are dropped
 	Dropped uint64 // records that were left out since the log was opened
@@ -356,7 +352,7 @@ func (l *Log) Stats() Stats {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return Stats{
-		Head: l.head, Synced: l.synced.Load(), File: l.file.Name(), Total: l.older + l.size,
+		Head: l.head, Synced: l.synced.Load(), File: l.file.Name(),
 		Reserve: max(l.room-l.size, 0), Low: l.low, Dropped: l.lost.total,
 		Signed: l.signed.head, SignedAt: l.signed.at, CheckpointError: l.signed.err,
 		Saved: l.saved.head, SaveError: l.saved.err, Err: l.err,

@@ -78,7 +78,6 @@ func (l *Log) openTail() (tail, error) {
 	if err := l.cutDamage(&end); err != nil {
 		return end, err
 	}
-	l.countOlder()
 	l.trimPrevious()
 	l.room = l.size
 	l.low = l.extend(0) != nil

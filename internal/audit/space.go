@@ -42,11 +42,6 @@ func (l *Log) makeRoom(n int64, essential bool) error {
 
 // extend allocates blocks for n octets more, the reserve and a chunk, when that leaves others enough.
 func (l *Log) extend(n int64) error {
-	if l.cfg.MaxTotal > 0 && l.older+l.size+n > l.cfg.MaxTotal {
-		if l.countOlder(); l.older+l.size+n > l.cfg.MaxTotal {
-			return fmt.Errorf("all files together have %d octets, the limit is %d: move old ones away", l.older+l.size, l.cfg.MaxTotal)
-		}
-	}
 	end := l.size + n + l.cfg.Reserve + chunk
 	if err := allocate(l.file, l.room, end-l.room); err != nil {
 		return err
@@ -60,20 +55,6 @@ func (l *Log) extend(n int64) error {
 		return fmt.Errorf("%d octets are free, fewer than the reserve of %d", free, l.cfg.Reserve)
 	}
 	return nil
-}
-
-// countOlder sums up the files before this one again: an administrator may have moved some away.
-func (l *Log) countOlder() {
-	numbers, err := fileNumbers(l.cfg.Dir)
-	if err != nil {
-		return
-	}
-	l.older = 0
-	for _, n := range numbers {
-		if st, err := os.Stat(l.dir.Name() + "/" + fileName(n)); err == nil && n != l.number {
-			l.older += st.Size()
-		}
-	}
 }
 
 // allocate gives the file blocks without changing its size. A file system that cannot is no error: there is no reserve then.
