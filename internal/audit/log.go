@@ -14,6 +14,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Defaults of Config, which are those of broker.toml too.
+const (
+	DefaultSyncEvery = 100 * time.Millisecond
+	DefaultReserve   = 16 << 20 // octets
+	DefaultMaxFile   = 64 << 20 // octets
+)
+
 // Config is what a log needs.
 type Config struct {
 	// Dir is the folder of the log's files. It is made, with mode 0700, where there is none.
@@ -28,11 +35,11 @@ type Config struct {
 	LoadHead func() (Head, error)
 	SaveHead func(Head) error
 
-	// SyncEvery is the longest time until a Written record is on disk; 0 means 100 ms.
+	// SyncEvery is the longest time until a Written record is on disk; 0 means DefaultSyncEvery.
 	SyncEvery time.Duration
-	// Reserve is how many octets are allocated ahead for releases alone; 0 means 8 MiB, a negative number none.
+	// Reserve is how many octets are allocated ahead for releases alone; 0 means DefaultReserve, a negative number none.
 	Reserve int64
-	// MaxFile is the size in octets from which on a new file is begun; 0 means 32 MiB.
+	// MaxFile is the size in octets from which on a new file is begun; 0 means DefaultMaxFile.
 	MaxFile int64
 	// CheckpointRecords and CheckpointEvery: a checkpoint follows after so many records, or after so long when there was at
 	// least one; 0 means 4096 and 10 minutes.
@@ -51,9 +58,9 @@ func (c Config) withDefaults() (Config, error) {
 	case c.Sign == nil || c.LoadHead == nil || c.SaveHead == nil:
 		return c, errors.New("the fields Sign, LoadHead and SaveHead are required")
 	}
-	orDefault(&c.SyncEvery, 100*time.Millisecond)
-	orDefault(&c.Reserve, 8<<20)
-	orDefault(&c.MaxFile, 32<<20)
+	orDefault(&c.SyncEvery, DefaultSyncEvery)
+	orDefault(&c.Reserve, DefaultReserve)
+	orDefault(&c.MaxFile, DefaultMaxFile)
 	orDefault(&c.CheckpointRecords, 4096)
 	orDefault(&c.CheckpointEvery, 10*time.Minute)
 	if c.Logger == nil {

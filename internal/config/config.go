@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"keybroker/internal/audit"
 	"keybroker/internal/config/tomlfile"
 	"keybroker/seal/passphrase"
 	"keybroker/seal/tpm2"
@@ -81,7 +82,7 @@ func Default() *Config {
 		Slots:   Kinds(),
 		Libvirt: []string{"/run/libvirt/virtqemud-sock-ro", "/run/libvirt/libvirt-sock-ro"},
 		VM:      VM{BootWindow: 10 * time.Minute},
-		Audit:   Audit{Sync: 100 * time.Millisecond, MaxFile: 64 << 20, Reserve: 16 << 20},
+		Audit:   Audit{Sync: audit.DefaultSyncEvery, MaxFile: audit.DefaultMaxFile, Reserve: audit.DefaultReserve},
 		Limits: Limits{
 			Connections: 4096, ConnectionsPerCaller: 512,
 			HeaderTimeout: 5 * time.Second, IdleTimeout: 2 * time.Minute,
