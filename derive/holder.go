@@ -56,9 +56,8 @@ type Holder struct {
 	done chan struct{}
 	err  error // set before done is closed
 
-	realm       RealmID
-	identity    ed25519.PublicKey
-	generations int
+	realm    RealmID
+	identity ed25519.PublicKey
 
 	mu      sync.Mutex
 	out     []byte  // frames that are not written yet
@@ -140,7 +139,6 @@ func (h *Holder) hello(ctx context.Context) error {
 	}
 	h.realm = RealmID(b[4:])
 	h.identity = slices.Clone(b[4+RealmIDSize : helloSize-4])
-	h.generations = int(binary.BigEndian.Uint32(b[helloSize-4:]))
 	return nil
 }
 
@@ -149,9 +147,6 @@ func (h *Holder) Realm() RealmID { return h.realm }
 
 // Identity returns the realm's public key, which verifies what Sign signed.
 func (h *Holder) Identity() ed25519.PublicKey { return slices.Clone(h.identity) }
-
-// Generations returns how many generations of the realm the page holds, numbered from 1.
-func (h *Holder) Generations() int { return h.generations }
 
 // PID returns the keyholder's process id.
 func (h *Holder) PID() int { return h.cmd.Process.Pid }

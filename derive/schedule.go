@@ -3,7 +3,6 @@ package derive
 import (
 	"crypto/ed25519"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"slices"
 
@@ -23,32 +22,8 @@ const maxFields = 256
 // and is no secret.
 type RealmID [RealmIDSize]byte
 
-// ParseRealmID reads what String wrote: 32 hexadecimal digits in lower case.
-func ParseRealmID(s string) (RealmID, error) {
-	var id RealmID
-	if len(s) != 2*RealmIDSize {
-		return RealmID{}, fmt.Errorf("a realm id has %d hexadecimal digits, this has %d characters", 2*RealmIDSize, len(s))
-	}
-	if _, err := hex.Decode(id[:], []byte(s)); err != nil || id.String() != s {
-		return RealmID{}, errors.New("a realm id has only the digits 0-9 and a-f")
-	}
-	return id, nil
-}
-
 // String returns 32 hexadecimal digits in lower case.
 func (id RealmID) String() string { return hex.EncodeToString(id[:]) }
-
-// MarshalText returns the same as String.
-func (id RealmID) MarshalText() ([]byte, error) { return []byte(id.String()), nil }
-
-// UnmarshalText accepts what ParseRealmID does, and leaves id alone if it fails.
-func (id *RealmID) UnmarshalText(text []byte) error {
-	parsed, err := ParseRealmID(string(text))
-	if err == nil {
-		*id = parsed
-	}
-	return err
-}
 
 // Schedule is the key schedule of one generation, computed in this process: the holder for whoever just opened the realm,
 // and what every other holder must equal. It is safe for concurrent use, but for Wipe.

@@ -71,7 +71,6 @@ type Event struct {
 	Name    string              // the same
 	Change  Change              // Lifecycle
 	Origin  hypervisor.Origin   // Lifecycle with Started; a start from a snapshot may or may not bring memory with it
-	Detail  int                 // Lifecycle: libvirt's number for the detail of this change
 	Device  string              // Unplugged
 }
 
@@ -168,7 +167,7 @@ func emitLifecycle(m golibvirt.DomainEventLifecycleMsg, emit func(Event)) {
 	if !told {
 		return
 	}
-	e := Event{Kind: Lifecycle, UUID: formatUUID(m.Dom.UUID), Name: m.Dom.Name, Change: change, Detail: int(m.Detail)}
+	e := Event{Kind: Lifecycle, UUID: formatUUID(m.Dom.UUID), Name: m.Dom.Name, Change: change}
 	if change == Started {
 		e.Origin = origins[golibvirt.DomainEventStartedDetailType(m.Detail)]
 	}

@@ -58,23 +58,23 @@ func TestWatch(t *testing.T) {
 			t.Errorf("listed before subscribed: %v", s.calls)
 		}
 	})
-	lifecycle := func(c Change, detail int, o hypervisor.Origin) Event {
-		return Event{Kind: Lifecycle, UUID: web1.uuid, Name: web1.name, Change: c, Detail: detail, Origin: o}
+	lifecycle := func(c Change, o hypervisor.Origin) Event {
+		return Event{Kind: Lifecycle, UUID: web1.uuid, Name: web1.name, Change: c, Origin: o}
 	}
 	for _, x := range []struct {
 		event, detail uint32
 		want          Event
 	}{
-		{5, 2, lifecycle(Stopped, 2, "")},
-		{2, 0, lifecycle(Started, 0, hypervisor.OriginCold)},
-		{2, 1, lifecycle(Started, 1, hypervisor.OriginMigrate)},
-		{2, 2, lifecycle(Started, 2, hypervisor.OriginRestore)},
-		{2, 3, lifecycle(Started, 3, hypervisor.OriginSnapshot)},
-		{2, 9, lifecycle(Started, 9, "")},
-		{3, 0, lifecycle(Suspended, 0, "")},
-		{4, 0, lifecycle(Resumed, 0, "")},
-		{6, 1, lifecycle(Shutdown, 1, "")},
-		{8, 0, lifecycle(Crashed, 0, "")},
+		{5, 2, lifecycle(Stopped, "")},
+		{2, 0, lifecycle(Started, hypervisor.OriginCold)},
+		{2, 1, lifecycle(Started, hypervisor.OriginMigrate)},
+		{2, 2, lifecycle(Started, hypervisor.OriginRestore)},
+		{2, 3, lifecycle(Started, hypervisor.OriginSnapshot)},
+		{2, 9, lifecycle(Started, "")},
+		{3, 0, lifecycle(Suspended, "")},
+		{4, 0, lifecycle(Resumed, "")},
+		{6, 1, lifecycle(Shutdown, "")},
+		{8, 0, lifecycle(Crashed, "")},
 	} {
 		s.emit(web1, 0, 0)  // defined: not told
 		s.emit(web1, 99, 0) // unknown: not told

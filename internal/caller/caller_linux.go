@@ -6,11 +6,8 @@ import (
 	"fmt"
 	"os"
 	"path"
-	"strconv"
 	"strings"
 	"sync"
-
-	"golang.org/x/sys/unix"
 )
 
 // The transports.
@@ -127,25 +124,6 @@ func (c *Caller) Unit() string {
 	return fmt.Sprintf("cgroup %d (find %s -inum %d)", c.sock.cgroup, c.from.cgroupRoot, c.sock.cgroup)
 }
 
-// String describes the caller for an audit record: "unix uid 1001 pid 7 /system.slice/x.service".
-func (c *Caller) String() string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "%s uid %d", c.Transport, c.UID)
-	switch {
-	case c.Transport == TCP:
-		fmt.Fprintf(&b, " port %d", c.conn.local.Port())
-		if c.NoUnit == "" {
-			fmt.Fprintf(&b, " cgroup %d", c.sock.cgroup)
-		}
-	case c.PID != 0:
-		fmt.Fprintf(&b, " pid %d", c.PID)
-		if c.cgroup != "" {
-			b.WriteString(" " + strings.Trim(strconv.Quote(c.cgroup), `"`))
-		}
-	}
-	return b.String()
-}
-
 // overflowUID is what the kernel says for a uid that has no number in this user namespace.
 const overflowUID = 65534
 
@@ -166,18 +144,3 @@ var allUIDsNamed = sync.OnceValue(func() bool {
 	f := strings.Fields(string(data))
 	return len(f) == 3 && f[0] == "0" && f[1] == "0" && f[2] == "4294967295"
 })
-
-// SupportsUnits returns nil if units are known on the Unix socket, and otherwise what is missing. It is for status.
-func SupportsUnits() error {
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("making a socket pair: %w", err)
-	}
-	defer unix.Close(fds[0])
-	defer unix.Close(fds[1])
-	pidfd, err := unix.GetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_PEERPIDFD)
-	if err != nil {
-		return fmt.Errorf("%s (%w)", noPidfd, err)
-	}
-	return unix.Close(pidfd)
-}

@@ -39,8 +39,8 @@ func TestTCP(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if got.UID != 1001 || got.Transport != TCP || !strings.HasPrefix(got.String(), "tcp uid 1001 port ") {
-				t.Errorf("got %+v, %s", got, got)
+			if got.UID != 1001 || got.Transport != TCP {
+				t.Errorf("got %+v", got)
 			}
 			if err := got.Still(ctx); err != nil {
 				t.Errorf("still there: %v", err)
@@ -246,9 +246,6 @@ func loopbackUp() error {
 
 func TestUnix(t *testing.T) {
 	needRoot(t)
-	if err := SupportsUnits(); err != nil {
-		t.Skipf("needs Linux 6.5 or newer: %v", err)
-	}
 	r := newResolver(t)
 	l := listenUnix(t)
 	client := start(t, as(1001), nil, "dial unix %s -", l.Addr())
@@ -257,11 +254,14 @@ func TestUnix(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
+	if c.NoUnit == noPidfd {
+		t.Skip("needs Linux 6.5 or newer: " + noPidfd)
+	}
 	if c.UID != 1001 || c.PID != client.cmd.Process.Pid || c.Transport != Unix || c.NoUnit != "" {
 		t.Errorf("got %+v", c)
 	}
-	if want := fmt.Sprintf("unix uid 1001 pid %d %s", c.PID, c.Unit()); c.String() != want || c.Unit() == "" {
-		t.Errorf("got %q, want %q", c, want)
+	if c.Unit() == "" {
+		t.Error("no unit")
 	}
 	if err := c.Still(ctx); err != nil {
 		t.Errorf("still there: %v", err)

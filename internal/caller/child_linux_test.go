@@ -102,7 +102,7 @@ func acceptOne() error {
 		fmt.Println(err)
 		return nil
 	}
-	fmt.Printf("%s; no unit: %s; match: %v\n", c, c.NoUnit, c.MatchUnit("/a"))
+	fmt.Printf("%s uid %d; no unit: %s; match: %v\n", c.Transport, c.UID, c.NoUnit, c.MatchUnit("/a"))
 	return nil
 }
 

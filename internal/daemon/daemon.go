@@ -168,6 +168,7 @@ func makeStateDir(p config.Paths) error {
 }
 
 func (b *Broker) close() {
+	b.libvirt.Close()
 	b.folder.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), closeTime)
 	defer cancel()

@@ -51,6 +51,9 @@ func newTestBroker(t *testing.T, policyText string, settings func(*config.Config
 	if err := b.openAudit("00112233445566778899aabbccddeeff"); err != nil {
 		t.Fatal(err)
 	}
+	if b.libvirt, err = libvirt.New(libvirt.Config{}); err != nil {
+		t.Fatal(err)
+	}
 	b.guests, b.metrics = newGuests(b), newMetrics(func() float64 { return 1 })
 	t.Cleanup(b.close)
 	open := func(ctx context.Context) (*derive.Holder, string) {

@@ -75,7 +75,6 @@ func Parse(files ...File) (*Policy, error) {
 	var errs []error
 	digested := [][]byte{[]byte("keybroker/v1 policy")}
 	for _, f := range files {
-		b.p.files = append(b.p.files, f.Name)
 		digested = append(digested, []byte(f.Name), f.Text)
 		errs = append(errs, b.file(f))
 	}

@@ -39,7 +39,6 @@ const (
 // A Policy is what was loaded. The zero value refuses everything.
 type Policy struct {
 	digest   string // hexadecimal
-	files    []string
 	services []*Service
 	exact    map[string][]*Service // by name
 	globs    map[string][]*Service // by what stands before the *
@@ -235,9 +234,6 @@ func (p *Policy) Services() []*Service { return slices.Clone(p.services) }
 
 // VMs returns all [[vm]] entries in the order of the files.
 func (p *Policy) VMs() []*VM { return slices.Clone(p.vms) }
-
-// Files returns the names of the files that were read, as in the digest.
-func (p *Policy) Files() []string { return slices.Clone(p.files) }
 
 // Digest returns SHA-256 over the files' names and contents, in hexadecimal: it stands for the policy in audit records.
 func (p *Policy) Digest() string { return p.digest }

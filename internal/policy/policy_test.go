@@ -338,7 +338,7 @@ func write(t *testing.T, path, text string) {
 func TestLoad(t *testing.T) {
 	dir := t.TempDir()
 	src := Source{File: filepath.Join(dir, "policy.toml"), Dir: filepath.Join(dir, "policy.d")}
-	if p, err := Load(src); err != nil || len(p.Files()) != 0 {
+	if p, err := Load(src); err != nil || len(p.Services())+len(p.VMs()) != 0 {
 		t.Errorf("no files: %v, %v", p, err)
 	}
 	if _, err := Load(Source{File: src.File, Required: true}); !errors.Is(err, os.ErrNotExist) {
@@ -490,6 +490,25 @@ func TestUnitThatChanges(t *testing.T) {
 	}
 }
 
+// render returns the policy as one TOML file without comments, which Parse reads as the same entries.
+func render(p *Policy) string {
+	var b strings.Builder
+	for _, s := range p.services {
+		renderEntry(&b, "service", s.settings())
+	}
+	for _, v := range p.vms {
+		renderEntry(&b, "vm", v.settings())
+	}
+	return b.String()
+}
+
+func renderEntry(b *strings.Builder, kind string, lines []setting) {
+	fmt.Fprintf(b, "[[%s]]\n", kind)
+	for _, l := range lines {
+		fmt.Fprintf(b, "%s = %s\n", l.key, l.value)
+	}
+}
+
 // An error means no policy; a policy has valid entries, its rendering is the same policy, and reading it again too.
 func FuzzParse(f *testing.F) {
 	f.Add([]byte(sample))
@@ -511,12 +530,12 @@ func FuzzParse(f *testing.F) {
 		if err != nil || again.Digest() != p.Digest() || Diff(p, again) != nil {
 			t.Fatalf("read again: %v", err)
 		}
-		rendered, err := Parse(File{"policy.toml", []byte(p.Render())})
+		rendered, err := Parse(File{"policy.toml", []byte(render(p))})
 		if err != nil {
-			t.Fatalf("reading the rendering: %v\n%s", err, p.Render())
+			t.Fatalf("reading the rendering: %v\n%s", err, render(p))
 		}
-		if d := Diff(p, rendered); d != nil || rendered.Render() != p.Render() {
-			t.Fatalf("the rendering differs: %q\n%s", d, p.Render())
+		if d := Diff(p, rendered); d != nil || render(rendered) != render(p) {
+			t.Fatalf("the rendering differs: %q\n%s", d, render(p))
 		}
 		Check(p)
 		p.Grants()

@@ -103,25 +103,6 @@ func inline(lines []setting) string {
 	return "{ " + strings.Join(out, ", ") + " }"
 }
 
-// Render returns the policy as one TOML file without comments, which Parse reads as the same entries.
-func (p *Policy) Render() string {
-	var b strings.Builder
-	for _, s := range p.services {
-		renderEntry(&b, "service", s.settings())
-	}
-	for _, v := range p.vms {
-		renderEntry(&b, "vm", v.settings())
-	}
-	return b.String()
-}
-
-func renderEntry(b *strings.Builder, kind string, lines []setting) {
-	fmt.Fprintf(b, "[[%s]]\n", kind)
-	for _, l := range lines {
-		fmt.Fprintf(b, "%s = %s\n", l.key, l.value)
-	}
-}
-
 func quote(s string) string { return strconv.Quote(s) }
 
 func quoteStrings(ss []string) string {

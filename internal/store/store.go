@@ -86,9 +86,6 @@ func (s *Store) Close() error {
 	return nil
 }
 
-// Path returns the file's path.
-func (s *Store) Path() string { return s.path }
-
 func open(path string, readOnly bool) (*Store, error) {
 	db, err := openBolt(path, readOnly)
 	if err != nil {
