@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -115,41 +114,46 @@ func (b *Broker) administrator(uid uint32) bool {
 	})
 }
 
-// findVM takes the UUID, or a name that only one VM has, of a domain that runs, was seen before or is in the policy.
+// findVM takes the UUID, or a name that one VM has, of a domain that runs, is in the policy or was seen before.
 func (b *Broker) findVM(nameOrUUID string) (string, error) {
-	found := map[string]bool{}
-	note := func(uuid, name string) {
-		if uuid == nameOrUUID || name == nameOrUUID {
-			found[uuid] = true
+	// A name means the VM that runs under it, or else the one that the policy knows by it, or else one that was seen: a domain that
+	// is defined anew under its old name has another UUID, and the record of the old one stays.
+	var running, known, seen []string
+	note := func(to *[]string, uuid, name string) {
+		if (uuid == nameOrUUID || name == nameOrUUID) && !slices.Contains(*to, uuid) {
+			*to = append(*to, uuid)
 		}
+	}
+	for _, x := range b.guests.list() {
+		note(&running, x.domain.UUID, x.domain.Name)
+	}
+	for _, entry := range b.policy().Find(nameOrUUID) {
+		note(&known, entry.UUID, entry.Name)
 	}
 	err := b.store.View(func(tx store.Tx) error {
 		return tx.ForEach(bucketVMs, func(uuid string, _ []byte) error {
 			var r vmRecord
 			_, err := get(tx, bucketVMs, uuid, &r)
-			note(uuid, r.Name)
+			note(&seen, uuid, r.Name)
 			return err
 		})
 	})
 	if err != nil {
 		return "", err
 	}
-	for _, x := range b.guests.list() {
-		note(x.domain.UUID, x.domain.Name)
-	}
-	for _, entry := range b.policy().Find(nameOrUUID) {
-		note(entry.UUID, entry.Name)
-	}
-	uuids := slices.Sorted(maps.Keys(found))
-	switch {
-	case found[nameOrUUID]:
+	if slices.Contains(slices.Concat(running, known, seen), nameOrUUID) {
 		return nameOrUUID, nil
-	case len(uuids) == 0:
-		return "", inject.Refusal{Code: inject.CodeUnknownPeer, Reason: fmt.Sprintf("no VM %.64q with keybroker's metadata was seen", nameOrUUID), Next: "`keybroker vm list` shows them"}
-	case len(uuids) > 1:
-		return "", inject.Refusal{Code: inject.CodeUnknownPeer, Reason: fmt.Sprintf("%.64q is the name of %d VMs: %v", nameOrUUID, len(uuids), uuids), Next: "give the UUID"}
 	}
-	return uuids[0], nil
+	for _, uuids := range [][]string{running, known, seen} {
+		switch {
+		case len(uuids) > 1:
+			slices.Sort(uuids)
+			return "", inject.Refusal{Code: inject.CodeUnknownPeer, Reason: fmt.Sprintf("%.64q is the name of %d VMs: %v", nameOrUUID, len(uuids), uuids), Next: "give the UUID"}
+		case len(uuids) == 1:
+			return uuids[0], nil
+		}
+	}
+	return "", inject.Refusal{Code: inject.CodeUnknownPeer, Reason: fmt.Sprintf("no VM %.64q with keybroker's metadata was seen", nameOrUUID), Next: "`keybroker vm list` shows them"}
 }
 
 // allowVM ends a denial and gives the running boot a ticket by hand. The record of it is on disk before the store has it.
