@@ -1,0 +1,366 @@
+package e2e
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"iter"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"regexp"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/go-json-experiment/json"
+	"golang.org/x/sys/unix"
+
+	"keybroker/internal/daemon"
+)
+
+const (
+	stateFolder = "/var/lib/keybroker"
+	brokerTOML  = "/etc/keybroker/broker.toml"
+)
+
+// coldStart starts the broker with nothing in systemd's descriptor store, and brings the passphrase if the TPM does not open the
+// realm any more, as it may after another test.
+func coldStart(ctx context.Context, t *testing.T) {
+	t.Helper()
+	sh(ctx, t, "systemctl stop keybroker.service; systemctl reset-failed keybroker.service; systemctl start keybroker.service")
+	unlockedIfNeeded(ctx, t)
+}
+
+// unlockedIfNeeded waits until the realm is open, or brings the passphrase that it waits for.
+func unlockedIfNeeded(ctx context.Context, t *testing.T) {
+	t.Helper()
+	sh(ctx, t, "for n in $(seq 300); do keybroker status 2>/dev/null | grep -qE '^realm .* (open|waiting)' && exit; sleep 0.1; done; keybroker status; exit 1")
+	if status(ctx, t).Realm.State == "waiting" {
+		sh(ctx, t, "keybroker unlock --passphrase-file /root/realm/passphrase")
+	}
+	brokerOpen(ctx, t)
+}
+
+// status is the running broker's.
+func status(ctx context.Context, t *testing.T) (s daemon.Status) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(sh(ctx, t, "keybroker status --json")), &s); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// settings puts a broker.toml in place until the test ends. The broker reads it at its next start.
+func settings(t *testing.T, text string) {
+	t.Helper()
+	old, err := os.ReadFile(brokerTOML)
+	had := err == nil
+	t.Cleanup(func() {
+		if had {
+			os.WriteFile(brokerTOML, old, 0o644)
+		} else {
+			os.Remove(brokerTOML)
+		}
+	})
+	if err := os.WriteFile(brokerTOML, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// keyAs asks the Unix socket for a key as another user, and returns the status and the body.
+func keyAs(t *testing.T, uid int, name string) (int, string) {
+	t.Helper()
+	const same = ^uintptr(0)
+	setUser := func(uid int) {
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, same, uintptr(uid), same); errno != 0 { // of this thread alone
+			t.Fatalf("becoming user %d: %v", uid, errno)
+		}
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	setUser(uid)
+	conn, err := net.Dial("unix", "/run/keybroker/keybroker.sock")
+	setUser(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(guestLimit))
+	fmt.Fprintf(conn, "GET /v1/keys/%s HTTP/1.1\r\nHost: localhost\r\nKeybroker: 1\r\nConnection: close\r\n\r\n", name)
+	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return response.StatusCode, string(body)
+}
+
+// smallDisk puts the audit log on a file system of its own with so much room, until the test ends.
+func smallDisk(ctx context.Context, t *testing.T, room int) {
+	t.Helper()
+	const folder = stateFolder + "/audit"
+	sh(ctx, t, "systemctl stop keybroker.service")
+	sh(ctx, t, fmt.Sprintf(`mkdir /run/small; mount -t tmpfs -o size=$(($(du -s --apparent-size -B 1 %[1]s | cut -f 1) + %[2]d)) small /run/small
+		cp -a %[1]s/. /run/small; mount --bind /run/small %[1]s`, folder, room))
+	t.Cleanup(func() {
+		ctx := context.WithoutCancel(ctx)
+		sh(ctx, t, fmt.Sprintf("systemctl stop keybroker.service; umount %[1]s; rm -rf /run/small/ballast %[1]s/*; cp -a /run/small/. %[1]s; umount /run/small; rmdir /run/small", folder))
+		coldStart(ctx, t)
+	})
+}
+
+// TestFullDisk: when the audit log has no room, nobody gets a key; when it has some again, they do, without anybody's help.
+func TestFullDisk(t *testing.T) {
+	ctx := operated(t)
+	brokerOpen(ctx, t)
+	const service = "e2e-full"
+	settings(t, "[audit]\nreserve = \"64KiB\"\n")
+	smallDisk(ctx, t, 3<<20)
+	coldStart(ctx, t)
+	const users = 999
+	uids := strings.Trim(fmt.Sprint(slices.Collect(upTo(users))), "[]")
+	admit(ctx, t, service, "[[service]]\nname = \""+service+"\"\nuid = ["+strings.ReplaceAll(uids, " ", ", ")+"]\n")
+	g := admitted(ctx, t, "full")
+	before := status(ctx, t)
+
+	keys := 0
+	ask := func(uid int) string { // the refusal's code, or ""
+		code, body := keyAs(t, uid, service)
+		if code == http.StatusOK {
+			keys++
+			return ""
+		}
+		refusal := regexp.MustCompile(`"code":\s*"([a-z-]+)"`).FindStringSubmatch(body)
+		if code != http.StatusServiceUnavailable && code != http.StatusTooManyRequests || refusal == nil {
+			t.Fatalf("status %d: %s", code, body)
+		}
+		return refusal[1]
+	}
+	if code := ask(1); code != "" {
+		t.Fatalf("refused with %s before the disk is full", code)
+	}
+	sh(ctx, t, "head -c 1G /dev/zero >/run/small/ballast || [ $(df --output=avail -B 1 /run/small | tail -n 1) = 0 ]")
+	code := ""
+	for code == "" && keys < 1<<16 { // the room that the log has allocated already
+		code = ask(1)
+	}
+	t.Logf("the first user had %d keys, then %s", keys, code)
+	if code != "busy" {
+		t.Errorf("a user who asks too often while there is only the reserve is refused with %s", code)
+	}
+	for uid := 2; code != "audit-unavailable" && uid <= users; uid++ {
+		for code = ask(uid); code == ""; code = ask(uid) {
+		}
+	}
+	t.Logf("%d keys in all, then %s", keys, code)
+	if code != "audit-unavailable" {
+		t.Fatal("there always is room in the log")
+	}
+	if got := released(ctx, t, service); got != keys {
+		t.Errorf("%d keys left, and the audit has %d records of them", keys, got)
+	}
+	if s := status(ctx, t); !strings.Contains(s.Audit.Trouble, "full") {
+		t.Errorf("status says of the audit %q", s.Audit.Trouble)
+	}
+
+	from := g.ConsoleEnd()
+	g.start()
+	g.expect(from, "audit-unavailable")
+	g.until("refused", func(v daemon.VMStatus) bool { return v.Code == "audit-unavailable" })
+	if n := g.releases(); n != 0 {
+		t.Errorf("the audit has %d releases to the guest", n)
+	}
+	if _, next, _ := g.Wait(step(ctx, t), from, "audit-unavailable"); strings.Contains(consoleFrom(t, g, next), "ready:") {
+		t.Error("the guest has its key")
+	}
+
+	sh(ctx, t, "rm /run/small/ballast")
+	g.expect(from, "ready:")
+	g.open()
+	if code := ask(1); code != "" {
+		t.Errorf("a service is refused with %s though there is room again", code)
+	}
+	if got := released(ctx, t, service); got != keys {
+		t.Errorf("%d keys left, and the audit has %d records of them", keys, got)
+	}
+	after := status(ctx, t)
+	if after.PID != before.PID {
+		t.Error("the broker was restarted")
+	}
+	if after.Audit.Trouble != "" {
+		t.Errorf("status still says of the audit %q", after.Audit.Trouble)
+	}
+	sh(ctx, t, "keybroker audit verify --identity "+pin(ctx, t))
+}
+
+// upTo yields 1 to n.
+func upTo(n int) iter.Seq[int] {
+	return func(yield func(int) bool) {
+		for i := 1; i <= n && yield(i); i++ {
+		}
+	}
+}
+
+// released counts the audit's releases to a service.
+func released(ctx context.Context, t *testing.T, service string) int {
+	t.Helper()
+	return strings.Count(sh(ctx, t, "keybroker audit query --json --limit 0 --event release --subject "+service), `"release"`)
+}
+
+func consoleFrom(t *testing.T, g *guest, from int64) string {
+	t.Helper()
+	content, err := os.ReadFile(g.Console())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(content[from:])
+}
+
+// startFails starts the unit, which must end at once, and returns what its first run wrote into the journal.
+func startFails(ctx context.Context, t *testing.T) (lines []string, took time.Duration) {
+	t.Helper()
+	sh(ctx, t, "systemctl reset-failed keybroker.service")
+	cursor := sh(ctx, t, "journalctl -n 0 --show-cursor -q | sed 's/^-- cursor: //'")
+	began := time.Now()
+	if out, err := exec.CommandContext(step(ctx, t), "systemctl", "start", "keybroker.service").CombinedOutput(); err == nil {
+		t.Fatalf("the broker started: %s", out)
+	}
+	took = time.Since(began)
+	sh(ctx, t, "systemctl stop keybroker.service; journalctl --sync")
+	out := sh(ctx, t, "journalctl -b -q --no-pager -o cat --after-cursor '"+cursor+"' -u keybroker.service")
+	for line := range strings.Lines(out) {
+		lines = append(lines, strings.TrimSpace(line))
+		if strings.Contains(line, "Main process exited") { // systemd then tries again
+			return lines, took
+		}
+	}
+	t.Fatalf("the journal does not say that it ended: %s", out)
+	return nil, 0
+}
+
+// TestDamagedRealm: with a realm file that is cut or changed anywhere the broker ends at once, with one line that says so and that
+// has nothing of the file in it; the restored file starts it again.
+func TestDamagedRealm(t *testing.T) {
+	ctx := operated(t)
+	brokerOpen(ctx, t)
+	const path = stateFolder + "/realm.json"
+	good, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sh(ctx, t, "systemctl stop keybroker.service")
+	t.Cleanup(func() {
+		if err := os.WriteFile(path, good, 0o600); err != nil { // the same file, with its owner
+			t.Error(err)
+		}
+		coldStart(context.WithoutCancel(ctx), t)
+		asService(context.WithoutCancel(ctx), t, "keybroker key get my-database --hex")
+	})
+	cut := func(n int) []byte { return good[:n] }
+	flip := func(at int) []byte {
+		b := bytes.Clone(good)
+		b[at] ^= 0x01
+		return b
+	}
+	n := len(good)
+	for _, c := range []struct {
+		name    string
+		content []byte
+		want    string
+	}{
+		{"empty", cut(0), "truncated"}, {"cut to 1", cut(1), "truncated"}, {"cut to a third", cut(n / 3), "truncated"},
+		{"cut in its checksum", cut(n - 20), "truncated"}, {"cut by 1", cut(n - 1), "truncated"},
+		{"first octet flipped", flip(0), "damaged"}, {"flipped at a quarter", flip(n / 4), "damaged"}, {"flipped in the middle", flip(n / 2), "damaged"},
+		{"flipped at three quarters", flip(3 * n / 4), "damaged"}, {"flipped in its checksum", flip(n - 20), "damaged"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if err := os.WriteFile(path, c.content, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			lines, took := startFails(ctx, t)
+			var errs []string
+			for _, line := range lines {
+				if strings.Contains(line, "keybroker: error: ") {
+					errs = append(errs, line)
+				}
+			}
+			if len(errs) != 1 || !strings.Contains(errs[0], path) || !strings.Contains(errs[0], c.want) {
+				t.Errorf("the journal has %q, expected one error that names %s and says %q", lines, path, c.want)
+			}
+			if last := lines[len(lines)-1]; !strings.Contains(last, "code=exited, status=1/FAILURE") {
+				t.Errorf("systemd says %q", last)
+			}
+			if took > 3*time.Second { // with systemd's own work, emulated
+				t.Errorf("it took %v", took)
+			}
+			if found := quoted(lines, good); found != "" {
+				t.Errorf("the journal has %q, which stands in the file", found)
+			}
+			t.Logf("%.1f s: %s", took.Seconds(), errs)
+		})
+	}
+}
+
+// quoted returns something that stands in the lines and is no word of the file's but a value of it, or "".
+func quoted(lines []string, file []byte) string {
+	for _, value := range regexp.MustCompile(`[0-9A-Za-z+/_=-]{16,}`).FindAll(file, -1) {
+		for i := range len(value) - 7 {
+			if piece := string(value[i : i+8]); strings.Contains(strings.Join(lines, "\n"), piece) {
+				return piece
+			}
+		}
+	}
+	return ""
+}
+
+// TestMissingTPM: without its TPM the broker says what is missing, and waits for the passphrase.
+func TestMissingTPM(t *testing.T) {
+	ctx := operated(t)
+	brokerOpen(ctx, t)
+	const device, away = "/dev/tpmrm0", "/dev/tpm-away"
+	waits := func(t *testing.T, want string) {
+		t.Helper()
+		sh(ctx, t, "for n in $(seq 300); do keybroker status 2>/dev/null | grep -q '^realm .* waiting' && exit; sleep 0.1; done; keybroker status; exit 1")
+		if why := status(ctx, t).Realm.Why; !strings.Contains(why, want) || !strings.Contains(why, "keybroker unlock") {
+			t.Errorf("status says %q, expected %q and what to do", why, want)
+		}
+		if out := sh(ctx, t, "journalctl -b -q --no-pager -u keybroker.service -n 20"); !strings.Contains(out, want) {
+			t.Errorf("the journal says %s, expected %q", out, want)
+		}
+		sh(ctx, t, "keybroker unlock --passphrase-file /root/realm/passphrase")
+		brokerOpen(ctx, t)
+		asService(ctx, t, "keybroker key get my-database --hex")
+	}
+	t.Run("the device is gone", func(t *testing.T) {
+		if err := os.Rename(device, away); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := os.Rename(away, device); err != nil {
+				t.Error(err)
+			}
+		})
+		out, err := exec.CommandContext(step(ctx, t), "keybroker", "slot", "test").CombinedOutput()
+		if err == nil || !strings.Contains(string(out), device) || !strings.Contains(string(out), "--tpm PATH names another") {
+			t.Errorf("slot test: %v, %s", err, out)
+		}
+		sh(ctx, t, "systemctl stop keybroker.service; systemctl start keybroker.service")
+		waits(t, device)
+	})
+	t.Run("another path", func(t *testing.T) {
+		t.Cleanup(func() { coldStart(context.WithoutCancel(ctx), t) })
+		settings(t, "tpm = \"/dev/tpm-of-another\"\n")
+		sh(ctx, t, "systemctl stop keybroker.service; systemctl start keybroker.service")
+		waits(t, "/dev/tpm-of-another")
+	})
+}
