@@ -18,17 +18,21 @@ import (
 	"keybroker/seal/tpm2/tpm2test"
 )
 
-// walkAll makes the kill walks in the lab kill at every call instead of at some: `bin/lab test -test.run=TestKill -kill.all`.
-var walkAll = flag.Bool("kill.all", false, "kill at every call, not at a sample")
+// killAt makes the walks in the lab kill at every call instead of at some: `bin/lab test -test.run=TestKill -kill=all`, after
+// make e2e has built them; -kill=41-80 are those calls alone.
+var killAt = flag.String("kill", "sample", "kill at `WHICH` calls: sample, all or FROM-TO")
 
-// chosen returns which of the calls 1 to total to kill at: at most so many (0: all), evenly spread, the first and the last among
-// them.
-func chosen(total, most int) (ns []int) {
-	if *walkAll || most == 0 || total <= most {
-		most = total
+// chosen returns which of the calls 1 to total to kill at. A sample has so many (0: all), evenly spread, the first and the last
+// among them.
+func chosen(total, sample int) (ns []int) {
+	from, to, n := 1, total, total
+	if *killAt == "sample" && sample > 0 {
+		n = min(sample, total)
+	} else if _, err := fmt.Sscanf(*killAt, "%d-%d", &from, &to); err == nil {
+		n = to - from + 1
 	}
-	for i := range most {
-		ns = append(ns, 1+i*(total-1)/max(1, most-1))
+	for i := range n {
+		ns = append(ns, from+i*(to-from)/max(1, n-1))
 	}
 	return ns
 }
@@ -138,8 +142,8 @@ func (k *killedCommand) on() stateDir {
 	return s
 }
 
-// killAt runs the command until its nth call, 0: to its end.
-func (k *killedCommand) killAt(n int) *trace {
+// killed runs the command until its nth call, 0: to its end.
+func (k *killedCommand) killed(n int) *trace {
 	k.t.Helper()
 	s := k.on()
 	tr := traced(k.ctx, k.t, n, s.command(k.args...)...)
@@ -165,11 +169,11 @@ func mapValues(m map[int]int) (vs []int) {
 // walk counts the calls, and kills at the chosen ones.
 func (k *killedCommand) walk() {
 	k.t.Helper()
-	total := len(k.killAt(0).points)
+	total := len(k.killed(0).points)
 	ns, missed := chosen(total, k.most), 0
 	var at []string
 	for _, n := range ns {
-		tr := k.killAt(n)
+		tr := k.killed(n)
 		if tr.killed == 0 {
 			missed++
 			continue
@@ -182,7 +186,7 @@ func (k *killedCommand) walk() {
 // logWalk says where a walk killed. Some kills never happen, where a run makes a call less than the one that was counted.
 func logWalk(t *testing.T, what string, total, missed int, at []string) {
 	t.Helper()
-	t.Logf("%s makes %d counted calls; killed at %d of them (-kill.all: at each), %d ended before: %s", what, total, len(at), missed, strings.Join(at, ", "))
+	t.Logf("%s makes %d counted calls; killed at %d of them (-kill=all: at each), %d ended before: %s", what, total, len(at), missed, strings.Join(at, ", "))
 	if missed > 1+len(at)/10 {
 		t.Errorf("%d of %d kills never happened", missed, missed+len(at))
 	}

@@ -221,9 +221,9 @@ func (t *tracer) atCall(tid int) {
 	if name == "" {
 		return
 	}
-	pid := t.tgid[tid]
-	target, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", pid, int32(binary.LittleEndian.Uint64(info[32:]))))
-	if target == "anon_inode:[eventfd]" { // Go's scheduler wakes itself
+	pid, fd := t.tgid[tid], int32(binary.LittleEndian.Uint64(info[32:]))
+	target, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", pid, fd))
+	if target == "anon_inode:[eventfd]" || fd == 2 && name == "write" { // Go's scheduler wakes itself; what it says in its log
 		return
 	}
 	if err == nil {
