@@ -12,11 +12,10 @@ import (
 	"time"
 	"unicode/utf8"
 
-	"github.com/BurntSushi/toml"
-
 	"keybroker/derive"
 	"keybroker/inject"
 	"keybroker/inject/sink"
+	"keybroker/internal/tomlfile"
 )
 
 const (
@@ -46,113 +45,69 @@ type config struct {
 
 // keyConfig is one [[key]].
 type keyConfig struct {
-	Name     string `toml:"name"`
-	Sink     string `toml:"sink"`
-	Length   int    `toml:"length"`
-	Optional bool   `toml:"optional"`
+	Name     string
+	Sink     string
+	Length   int
+	Optional bool
 
-	Device string `toml:"device"` // luks
-	Mapper string `toml:"mapper"` // luks
+	Device string // luks
+	Mapper string // luks
 
-	Type        string `toml:"type"`        // keyring
-	Description string `toml:"description"` // keyring
-	Keyring     string `toml:"keyring"`     // keyring
+	Type        string // keyring
+	Description string // keyring
+	Keyring     string // keyring
 
-	Path string `toml:"path"` // file
+	Path string // file
 }
 
-// rawConfig is the file's form.
+// rawConfig is what a file or the kernel's command line says, before it is checked.
 type rawConfig struct {
-	Tier     string      `toml:"tier"`
-	Broker   []string    `toml:"broker"`
-	Subject  string      `toml:"subject"`
-	Deadline string      `toml:"deadline"`
-	Keys     []keyConfig `toml:"key"`
+	Tier     string
+	Broker   []string
+	Subject  string
+	Deadline string
+	Keys     []keyConfig
 }
 
-// configNames are all names that a configuration file may have, in exactly this spelling.
-var configNames = []string{
-	"tier", "broker", "subject", "deadline", "key",
-	"key.name", "key.sink", "key.length", "key.optional", "key.device", "key.mapper",
-	"key.type", "key.description", "key.keyring", "key.path",
-}
-
-// parseConfig reads agent.toml. Unknown names are errors with their line.
-func parseConfig(text []byte) (*config, error) {
+// parseConfig reads the text of the file agent.toml. Errors name it, and the line where they are about one.
+func parseConfig(file string, text []byte) (*config, error) {
 	if len(text) > maxConfig {
-		return nil, fmt.Errorf("%d octets, expected at most %d", len(text), maxConfig)
+		return nil, fmt.Errorf("%s: %d octets, expected at most %d", file, len(text), maxConfig)
 	}
-	var raw rawConfig
-	meta, err := toml.Decode(string(text), &raw)
+	t, err := tomlfile.Parse(file, text)
 	if err != nil {
-		return nil, tomlError(string(text), err)
+		return nil, err
 	}
-	for _, key := range meta.Keys() {
-		if !slices.Contains(configNames, strings.Join(key, ".")) {
-			return nil, fmt.Errorf("line %d: unknown key %q, expected one of %s", lineOf(string(text), key, anyValue), key.String(), strings.Join(configNames, ", "))
-		}
+	var r rawConfig
+	t.String("tier", &r.Tier)
+	t.Strings("broker", &r.Broker)
+	t.String("subject", &r.Subject)
+	t.String("deadline", &r.Deadline)
+	for _, k := range t.Tables("key") {
+		r.Keys = append(r.Keys, readKey(k))
 	}
-	return raw.check()
+	if err := t.Err(); err != nil {
+		return nil, err
+	}
+	c, err := r.check()
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	return c, nil
 }
 
-var wrongTypePattern = regexp.MustCompile(`\(last key "([a-z.]+)"\): incompatible types`)
-
-// tomlError says what is wrong and where. toml itself knows the line of wrong syntax, but not of a wrong type.
-func tomlError(text string, err error) error {
-	message := strings.TrimPrefix(err.Error(), "toml: ")
-	if m := wrongTypePattern.FindStringSubmatch(message); m != nil {
-		key := toml.Key(strings.Split(m[1], "."))
-		return fmt.Errorf("line %d: %s: expected %s", lineOf(text, key, wrongType(m[1])), m[1], valueForm(m[1]))
-	}
-	return errors.New(message) // begins with the line
-}
-
-// valueForm is how a key's value looks.
-func valueForm(key string) string {
-	switch key {
-	case "key.length":
-		return "a number"
-	case "key.optional":
-		return "true or false"
-	case "broker":
-		return `a list, as in ["ed25519:..."]`
-	case "key":
-		return "tables, each begun by [[key]]"
-	}
-	return "text in quotes"
-}
-
-func anyValue(string) bool { return true }
-
-// wrongType says whether a value cannot be of a key's type, by its first character.
-func wrongType(key string) func(value string) bool {
-	first := map[string]string{"key.length": "0123456789+-", "key.optional": "tf", "broker": "[", "key": "["}[key]
-	if first == "" {
-		first = `"'`
-	}
-	return func(value string) bool { return value == "" || !strings.ContainsRune(first, rune(value[0])) }
-}
-
-// lineOf finds the line on which a key stands with a value that is meant: toml does not tell the places of keys.
-func lineOf(text string, key toml.Key, meant func(value string) bool) int {
-	name, parent := key[len(key)-1], strings.Join(key[:len(key)-1], ".")
-	table := ""
-	for n, line := range strings.Split(text, "\n") {
-		line = strings.TrimSpace(line)
-		if strings.HasPrefix(line, "[") {
-			table = strings.Trim(strings.SplitN(line, "#", 2)[0], "[] \t")
-			if table == key.String() && meant("") {
-				return n + 1
-			}
-			continue
-		}
-		word, value, _ := strings.Cut(line, "=")
-		word = strings.Trim(strings.TrimSpace(word), `"'`)
-		if (word == name && table == parent || word == key.String()) && meant(strings.TrimSpace(value)) {
-			return n + 1
-		}
-	}
-	return 1 + max(0, strings.Count(text[:max(0, strings.Index(text, name))], "\n")) // inline tables: where it is first named
+func readKey(t *tomlfile.Table) (k keyConfig) {
+	t.String("name", &k.Name)
+	t.String("sink", &k.Sink)
+	t.Int("length", &k.Length, 1, 1<<10)
+	t.Bool("optional", &k.Optional)
+	t.String("device", &k.Device)
+	t.String("mapper", &k.Mapper)
+	t.String("type", &k.Type)
+	t.String("description", &k.Description)
+	t.String("keyring", &k.Keyring)
+	t.String("path", &k.Path)
+	return k
 }
 
 var mapperPattern = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)

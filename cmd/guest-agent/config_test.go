@@ -41,7 +41,7 @@ length = 64
 `
 
 func TestConfig(t *testing.T) {
-	c, err := parseConfig([]byte(goodConfig))
+	c, err := parseConfig("agent.toml", []byte(goodConfig))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -65,13 +65,13 @@ func TestShippedExample(t *testing.T) {
 		t.Fatal(err)
 	}
 	example := strings.Replace(string(text), "ed25519:REPLACE-WITH-WHAT-KEYBROKER-IDENTITY-PRINTS", testPin, 1)
-	if c, err := parseConfig([]byte(example)); err != nil || len(c.Keys) != 1 {
+	if c, err := parseConfig("agent.toml", []byte(example)); err != nil || len(c.Keys) != 1 {
 		t.Errorf("as it stands: %v", err)
 	}
 	for _, name := range []string{"[[key]]", "name", "sink", "type", "description", "keyring", "optional", "path", "length", "subject"} {
 		example = strings.ReplaceAll(example, "\n# "+name, "\n"+name)
 	}
-	if c, err := parseConfig([]byte(example)); err != nil || len(c.Keys) != 3 || c.Subject == "" {
+	if c, err := parseConfig("agent.toml", []byte(example)); err != nil || len(c.Keys) != 3 || c.Subject == "" {
 		t.Errorf("with everything in it: %v", err)
 	}
 }
@@ -83,7 +83,7 @@ func TestCmdlineIsLikeTheFile(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	fromFile, err := parseConfig([]byte(goodConfig))
+	fromFile, err := parseConfig("agent.toml", []byte(goodConfig))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -103,17 +103,17 @@ func TestConfigErrors(t *testing.T) {
 		return strings.Replace(goodConfig, old, new, 1)
 	}
 	cases := []struct{ name, text, want string }{
-		{"unknown key", replace(`mapper = "data"`, `maper = "data"`), `line 10: unknown key "key.maper"`},
-		{"mis-cased key", replace(`device =`, `Device =`), `line 9: unknown key "key.Device"`},
-		{"unknown table", goodConfig + "[net]\na = 1\n", `unknown key "net"`},
-		{"unknown top key", "colour = 1\n" + goodConfig, `line 1: unknown key "colour"`},
-		{"repeated key", replace(`sink = "luks"`, "sink = \"luks\"\nsink = \"file\""), "line 9"},
-		{"wrong type", replace(`name = "disk"`, `name = 7`), "line 7: key.name: expected text in quotes"},
-		{"wrong type further down", replace(`name = "web"`, `name = 7`), "line 19: key.name"},
-		{"number in quotes", replace(`length = 64`, `length = "64"`), "line 22: key.length: expected a number"},
-		{"broker without a list", replace(`["`+testPin+`"]`, `"`+testPin+`"`), "line 3: broker: expected a list"},
-		{"unknown key in an inline table", "key = [{name = \"x\", colour = 1}]\n", `line 1: unknown key "key.colour"`},
-		{"syntax", replace(`tier = "vm"`, `tier = vm`), "line 2"},
+		{"unknown key", replace(`mapper = "data"`, `maper = "data"`), `agent.toml:10: unknown key "maper" in [[key]]`},
+		{"mis-cased key", replace(`device =`, `Device =`), `agent.toml:9: unknown key "Device" in [[key]]`},
+		{"unknown table", goodConfig + "[net]\na = 1\n", `agent.toml:23: unknown key "net"`},
+		{"unknown top key", "colour = 1\n" + goodConfig, `agent.toml:1: unknown key "colour"`},
+		{"repeated key", replace(`sink = "luks"`, "sink = \"luks\"\nsink = \"file\""), "agent.toml:9"},
+		{"wrong type", replace(`name = "disk"`, `name = 7`), `agent.toml:7: "name" in [[key]]: expected a string`},
+		{"wrong type further down", replace(`name = "web"`, `name = 7`), `agent.toml:19: "name"`},
+		{"number in quotes", replace(`length = 64`, `length = "64"`), `agent.toml:22: "length" in [[key]]: expected a whole number`},
+		{"broker without a list", replace(`["`+testPin+`"]`, `"`+testPin+`"`), `agent.toml:3: "broker": expected a list`},
+		{"unknown key in an inline table", "key = [{name = \"x\", colour = 1}]\n", `agent.toml:1: unknown key "colour" in [[key]]`},
+		{"syntax", replace(`tier = "vm"`, `tier = vm`), "agent.toml:2"},
 		{"no pin", replace(testPin+`"]`, `"]`), "as `keybroker identity` prints it"},
 		{"empty pins", replace(`["`+testPin+`"]`, `[]`), "0 pins"},
 		{"pins missing", replace(`broker = ["`+testPin+`"]`, ``), "0 pins"},
@@ -142,7 +142,7 @@ func TestConfigErrors(t *testing.T) {
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
-			got, err := parseConfig([]byte(c.text))
+			got, err := parseConfig("agent.toml", []byte(c.text))
 			if err == nil || got != nil && err == nil {
 				t.Fatalf("accepted: %+v", got)
 			}
@@ -237,7 +237,7 @@ func FuzzConfig(f *testing.F) {
 	f.Add([]byte(goodConfig))
 	f.Add([]byte("tier='vm'\nbroker=['" + testPin + "']\nkey=[{name='a',sink='file',path='/run/a'}]"))
 	f.Fuzz(func(t *testing.T, text []byte) {
-		c, err := parseConfig(text)
+		c, err := parseConfig("agent.toml", text)
 		if err != nil {
 			return
 		}

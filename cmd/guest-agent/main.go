@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"strings"
 	"syscall"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -93,7 +94,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	}
 	c, from, err := loadConfig(o.config, defaultConfig, "/proc/cmdline")
 	if err != nil {
-		out.say("error: reading the configuration: %v", err)
+		out.say("error: reading the configuration: %s", strings.ReplaceAll(err.Error(), "\n", "; "))
 		return exitUsage
 	}
 	if o.check {
@@ -128,11 +129,8 @@ func loadConfig(named, fallback, cmdline string) (*config, string, error) {
 		if named == "" && cmdlineSpeaks(cmdline) {
 			return nil, "", fmt.Errorf("both %s and the kernel's command line (keybroker.*) are there: remove one, or name the file with -config", path)
 		}
-		c, err := parseConfig(text)
-		if err != nil {
-			return nil, "", fmt.Errorf("%s: %w", path, err)
-		}
-		return c, path, nil
+		c, err := parseConfig(path, text)
+		return c, path, err
 	}
 	line, err := readBounded(cmdline, 0)
 	if err != nil {

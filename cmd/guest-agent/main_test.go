@@ -53,7 +53,7 @@ func TestExitStatus(t *testing.T) {
 		{[]string{"-config", good, "-check"}, exitOK, "ok: 3 keys, 1 pins"},
 		{[]string{"-version"}, exitOK, "keybroker-agent"},
 		{[]string{"-h"}, exitOK, "usage:"},
-		{[]string{"-config", bad, "-check"}, exitUsage, `line 23: unknown key "key.colour"`},
+		{[]string{"-config", bad, "-check"}, exitUsage, `:23: unknown key "colour" in [[key]]`},
 		{[]string{"-config", filepath.Join(dir, "absent")}, exitUsage, "no such file"},
 		{[]string{"-colour"}, exitUsage, "not defined"},
 		{[]string{"now"}, exitUsage, "none is expected"},

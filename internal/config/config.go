@@ -16,7 +16,7 @@ import (
 	"time"
 
 	"keybroker/internal/audit"
-	"keybroker/internal/config/tomlfile"
+	"keybroker/internal/tomlfile"
 	"keybroker/seal/passphrase"
 	"keybroker/seal/tpm2"
 )

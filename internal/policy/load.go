@@ -8,7 +8,7 @@ import (
 	"io/fs"
 	"path/filepath"
 
-	"keybroker/internal/config/tomlfile"
+	"keybroker/internal/tomlfile"
 	"keybroker/internal/tuple"
 )
 

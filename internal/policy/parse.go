@@ -6,8 +6,8 @@ import (
 	"strings"
 
 	"keybroker/derive"
-	"keybroker/internal/config/tomlfile"
 	"keybroker/internal/plain"
+	"keybroker/internal/tomlfile"
 )
 
 // defaultLength is the length of a key whose entry does not say, in octets.

@@ -11,7 +11,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"keybroker/internal/config/tomlfile"
+	"keybroker/internal/tomlfile"
 )
 
 const (

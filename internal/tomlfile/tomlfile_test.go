@@ -213,7 +213,7 @@ func TestRead(t *testing.T) {
 
 func TestReadForeignOwner(t *testing.T) {
 	if os.Geteuid() != 0 {
-		t.Skip("needs root to give a file away: run `sudo -E go test ./internal/config/tomlfile`")
+		t.Skip("needs root to give a file away: run `sudo -E go test ./internal/tomlfile`")
 	}
 	path := filepath.Join(t.TempDir(), "a.toml")
 	if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Chown(path, 1001, 0)); err != nil {
