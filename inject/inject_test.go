@@ -308,7 +308,7 @@ func TestBundleMustMatch(t *testing.T) {
 
 // DO NOT CHANGE: receivers in the field compute the same digest.
 func TestTranscriptGolden(t *testing.T) {
-	s := session{
+	s := transcriptFields{
 		issuer: make([]byte, 32), tier: TierVM, kind: KindNone, subject: web1,
 		nonce: []byte(strings.Repeat("\x01", 32)), pk: []byte(strings.Repeat("\x02", receiverSize)),
 		want: []Want{{Name: "app", Epoch: 2}, {Name: "disk"}},
@@ -319,15 +319,15 @@ func TestTranscriptGolden(t *testing.T) {
 		t.Errorf("T = %x, want %s", got, want)
 	}
 	base := got
-	for name, change := range map[string]func(*session){
-		"issuer":  func(s *session) { s.issuer = append([]byte{1}, s.issuer[1:]...) },
-		"tier":    func(s *session) { s.tier = TierSNP },
-		"kind":    func(s *session) { s.kind = "snp-report" },
-		"subject": func(s *session) { s.subject = "x" },
-		"nonce":   func(s *session) { s.nonce = s.nonce[1:] },
-		"pk":      func(s *session) { s.pk = s.pk[1:] },
-		"want":    func(s *session) { s.want = s.want[1:] },
-		"epoch":   func(s *session) { s.want = []Want{{Name: "app", Epoch: 2}, {Name: "disk", Epoch: 1}} },
+	for name, change := range map[string]func(*transcriptFields){
+		"issuer":  func(s *transcriptFields) { s.issuer = append([]byte{1}, s.issuer[1:]...) },
+		"tier":    func(s *transcriptFields) { s.tier = TierSNP },
+		"kind":    func(s *transcriptFields) { s.kind = "snp-report" },
+		"subject": func(s *transcriptFields) { s.subject = "x" },
+		"nonce":   func(s *transcriptFields) { s.nonce = s.nonce[1:] },
+		"pk":      func(s *transcriptFields) { s.pk = s.pk[1:] },
+		"want":    func(s *transcriptFields) { s.want = s.want[1:] },
+		"epoch":   func(s *transcriptFields) { s.want = []Want{{Name: "app", Epoch: 2}, {Name: "disk", Epoch: 1}} },
 	} {
 		other := s
 		change(&other)

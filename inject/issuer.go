@@ -312,7 +312,7 @@ func (s *issuerSession) claim(r *releaseRequest, nonce []byte, age time.Duration
 	if err := checkWant(r.Want); err != nil {
 		return c, malformed("release", err)
 	}
-	full := session{issuer: s.issuer.Identity, tier: r.Tier, kind: r.Kind, subject: r.Subject, nonce: nonce, pk: r.PK, want: r.Want}
+	full := transcriptFields{issuer: s.issuer.Identity, tier: r.Tier, kind: r.Kind, subject: r.Subject, nonce: nonce, pk: r.PK, want: r.Want}
 	return &Claim{
 		Tier: r.Tier, Kind: r.Kind, Subject: r.Subject, Transcript: full.transcript(),
 		Receiver: sha256.Sum256(r.PK), Want: r.Want, Evidence: r.Evidence,

@@ -135,7 +135,7 @@ func (s *Session) Release(ctx context.Context, c *Challenge, want []Want) (*Deli
 	}
 	r := s.receiver
 	pk := r.Key.secret.PublicKey().Bytes()
-	t := (&session{issuer: ed25519.PublicKey(c.Issuer), tier: r.Tier, kind: KindNone, subject: c.Subject, nonce: c.Nonce, pk: pk, want: want}).transcript()
+	t := (&transcriptFields{issuer: ed25519.PublicKey(c.Issuer), tier: r.Tier, kind: KindNone, subject: c.Subject, nonce: c.Nonce, pk: pk, want: want}).transcript()
 	body, err := s.post(ctx, "/v1/release", marshal(releaseRequest{Issuer: c.Issuer, Tier: r.Tier, Kind: KindNone, Subject: c.Subject, Nonce: c.Nonce, PK: pk, Want: want}))
 	if err != nil {
 		return nil, err

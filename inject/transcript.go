@@ -27,8 +27,8 @@ const (
 // Transcript is T, the digest of everything that one session agrees on.
 type Transcript [sha512.Size]byte
 
-// session holds the fields of T.
-type session struct {
+// transcriptFields are what T is the digest of, in its order.
+type transcriptFields struct {
 	issuer  ed25519.PublicKey
 	tier    string
 	kind    string
@@ -39,7 +39,7 @@ type session struct {
 }
 
 // transcript computes T = SHA-512(E("keybroker/v1 session", issuer, tier, kind, subject, nonce, pk, want)).
-func (s *session) transcript() Transcript {
+func (s *transcriptFields) transcript() Transcript {
 	var want []byte
 	for _, w := range s.want {
 		want = append(want, tuple.Encode([]byte(w.Name), tuple.Uint32(w.Epoch))...)
