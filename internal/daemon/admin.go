@@ -350,7 +350,7 @@ func (b *Broker) warnings(s Status) []string {
 
 // vmStatus lists the running domains that have our metadata, or may have, by name.
 func (b *Broker) vmStatus() []VMStatus {
-	all := append([]VMStatus{}, b.guests.refused()...)
+	all := append([]VMStatus{}, b.guests.listUnreadable()...)
 	for _, x := range b.guests.list() {
 		all = append(all, x.status())
 	}

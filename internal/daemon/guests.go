@@ -94,8 +94,8 @@ func (g *guests) begin(ctx context.Context, d hypervisor.Domain, p *hypervisor.P
 	return x
 }
 
-// refuse shows a domain whose definition cannot be read, unless it is known from when it could.
-func (g *guests) refuse(d hypervisor.Domain) {
+// addUnreadable shows a domain whose definition cannot be read, unless it is known from when it could.
+func (g *guests) addUnreadable(d hypervisor.Domain) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.by[d.UUID] != nil || g.unreadable[d.UUID].Why == d.Problem {
@@ -107,15 +107,15 @@ func (g *guests) refuse(d hypervisor.Domain) {
 	}
 }
 
-// forget drops the domains whose definition could not be read that are not among these any more.
-func (g *guests) forget(still func(uuid string) bool) {
+// keepUnreadable drops the domains whose definition could not be read, but for those that are still there.
+func (g *guests) keepUnreadable(still func(uuid string) bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	maps.DeleteFunc(g.unreadable, func(uuid string, _ VMStatus) bool { return !still(uuid) })
 }
 
-// refused lists the domains whose definition cannot be read.
-func (g *guests) refused() []VMStatus {
+// listUnreadable lists the domains whose definition cannot be read.
+func (g *guests) listUnreadable() []VMStatus {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return slices.Collect(maps.Values(g.unreadable))

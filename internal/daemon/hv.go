@@ -114,7 +114,7 @@ func (b *Broker) lifecycle(e libvirt.Event) {
 	}
 	switch {
 	case e.Change == libvirt.Stopped:
-		b.guests.forget(func(uuid string) bool { return uuid != e.UUID })
+		b.guests.keepUnreadable(func(uuid string) bool { return uuid != e.UUID })
 	case e.Change == libvirt.Started && x != nil:
 		b.ticket(e.UUID, "started", func(t *hypervisor.Ticket) bool { return t.Observed(e.Origin) })
 		x.restart(false) // who asked while libvirt was not done with the start may ask again
@@ -147,7 +147,7 @@ func (b *Broker) findUnreadable(ctx context.Context, uuid string) {
 	}
 	for _, d := range running {
 		if d.UUID == uuid && d.Problem != "" {
-			b.guests.refuse(d)
+			b.guests.addUnreadable(d)
 		}
 	}
 }
@@ -160,7 +160,7 @@ func (b *Broker) reconcile(running []hypervisor.Domain) {
 		if d.Problem != "" {
 			b.log.Warn("a VM whose definition cannot be read gets no key", "vm", d.Name, "problem", d.Problem)
 			unreadable[d.UUID] = true
-			b.guests.refuse(d)
+			b.guests.addUnreadable(d)
 			continue
 		}
 		b.takeIn(d, "gap in events", (*hypervisor.Ticket).Gap)
@@ -170,7 +170,7 @@ func (b *Broker) reconcile(running []hypervisor.Domain) {
 			b.guests.end(x.domain.UUID, x)
 		}
 	}
-	b.guests.forget(func(uuid string) bool { return unreadable[uuid] })
+	b.guests.keepUnreadable(func(uuid string) bool { return unreadable[uuid] })
 	b.endMissing(known)
 }
 
