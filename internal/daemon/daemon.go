@@ -60,7 +60,7 @@ type Broker struct {
 	describe func(seal.Slot) string
 	store    *store.Store
 	audit    *audit.Log
-	folder   *audit.Folder
+	refusals *audit.Coalescer
 
 	syncAlways bool // a service's key waits until its record is on disk
 	realm      *realm
@@ -169,7 +169,7 @@ func makeStateDir(p config.Paths) error {
 
 func (b *Broker) close() {
 	b.libvirt.Close()
-	b.folder.Close()
+	b.refusals.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), closeTime)
 	defer cancel()
 	if err := b.audit.Close(ctx); err != nil {

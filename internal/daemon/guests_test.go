@@ -161,8 +161,8 @@ func TestDecide(t *testing.T) {
 			c.change(s)
 			calls := 0
 			b.live = func(context.Context, string) (hypervisor.Domain, error) { calls++; return s.live(calls) }
-			b.folder.Close()
-			b.folder = audit.NewFolder(audit.FolderConfig{Append: b.audit.Append}) // which has no refusal of before to fold with
+			b.refusals.Close()
+			b.refusals = audit.NewCoalescer(audit.CoalescerConfig{Append: b.audit.Append}) // which has no refusal of before to fold with
 			g, err := s.x.decide(t.Context(), s.claim)
 			if c.want == "" {
 				release := recorded(t, b, audit.Filter{Event: audit.EventRelease})

@@ -30,7 +30,7 @@ func (b *Broker) openAudit(realm string) (err error) {
 		SyncEvery: a.Sync, Reserve: a.Reserve, MaxFile: a.MaxFile, Logger: b.log,
 	})
 	if err == nil {
-		b.folder = audit.NewFolder(audit.FolderConfig{Append: b.audit.Append})
+		b.refusals = audit.NewCoalescer(audit.CoalescerConfig{Append: b.audit.Append})
 	}
 	return err
 }
@@ -78,7 +78,7 @@ func (b *Broker) appendTicket(uuid, cause string, t hypervisor.Ticket, how audit
 // refused counts a refusal and records it; repeated ones of one peer are folded into one record.
 func (b *Broker) refused(tier, peer string, r audit.Record, cause error) {
 	b.metrics.refused(tier, inject.Code(r.Code))
-	written, err := b.folder.Refuse(peer, r)
+	written, err := b.refusals.Refuse(peer, r)
 	if err != nil {
 		b.log.Error("writing the audit", "err", err)
 	}

@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// written collects what a Folder appends.
+// written collects what a Coalescer appends.
 type written struct {
 	mu      sync.Mutex
 	records []Record
@@ -32,7 +32,7 @@ func (w *written) take() (records []Record, refusals int) {
 	return records, refusals
 }
 
-func refuse(t *testing.T, f *Folder, peer, code string) {
+func refuse(t *testing.T, f *Coalescer, peer, code string) {
 	t.Helper()
 	if _, err := f.Refuse(peer, Record{Event: EventRefusal, Decision: Refused, Code: code}); err != nil {
 		t.Error(err)
@@ -42,7 +42,7 @@ func refuse(t *testing.T, f *Folder, peer, code string) {
 func TestRepeatedRefusalsAreCounted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var w written
-		f := NewFolder(FolderConfig{Append: w.append})
+		f := NewCoalescer(CoalescerConfig{Append: w.append})
 		for range 1000 {
 			refuse(t, f, "uid 1001", "no-policy")
 		}
@@ -78,7 +78,7 @@ func TestRepeatedRefusalsAreCounted(t *testing.T) {
 func TestManyPeersAreCountedTogether(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var w written
-		f := NewFolder(FolderConfig{Append: w.append, Peers: 10})
+		f := NewCoalescer(CoalescerConfig{Append: w.append, Peers: 10})
 		for i := range 500 {
 			refuse(t, f, fmt.Sprint("cid ", i), fmt.Sprint("code ", i))
 		}
