@@ -172,7 +172,7 @@ func TestImpostors(t *testing.T) {
 	})
 	t.Run("another identity", func(t *testing.T) {
 		g := &guest{g.Spec, t, ctx}
-		g.hearsImpostor(from, cid, nil, "none of the pinned ones")
+		g.says("none of the pinned ones", func() { impostor(t, cid, nil) })
 	})
 	t.Run("the pinned identity without its key", func(t *testing.T) {
 		p, err := inject.ParsePin(pin(ctx, t))
@@ -180,29 +180,41 @@ func TestImpostors(t *testing.T) {
 			t.Fatal(err)
 		}
 		g := &guest{g.Spec, t, ctx}
-		g.hearsImpostor(from, cid, p[:], "not signed by the pinned issuer")
+		g.says("not signed by the pinned issuer", func() { impostor(t, cid, p[:]) })
 	})
 	t.Run("an ordinary user in the guest", func(t *testing.T) {
 		g := &guest{g.Spec, t, ctx}
 		if result, err := g.Run(step(ctx, t), "user", "socat -u VSOCK-LISTEN:720 -"); err != nil || result.Status == 0 {
 			t.Errorf("an ordinary user listens on port 720: %+v, %v", result, err)
 		}
+		if result, err := g.Run(step(ctx, t), "user", "socat -u VSOCK-CONNECT:2:720 -"); err != nil || result.Status == 0 {
+			t.Errorf("an ordinary user dials the host's port 720: %+v, %v", result, err)
+		}
+		for _, address := range []string{"1", fmt.Sprint(cid)} { // the agent, from within
+			g.says("expected the host, CID 2, and a source port below 1024", func() {
+				if got := g.runAs("user", "socat -u VSOCK-CONNECT:"+address+":720 -"); got != "" {
+					t.Errorf("the agent says %q to an ordinary user", got)
+				}
+			})
+		}
 	})
 }
 
-// hearsImpostor lets an impostor answer until the console says what the agent thinks of it: it takes one such line a second.
-func (g *guest) hearsImpostor(from int64, cid uint32, identity ed25519.PublicKey, expected string) {
+// says does something until the guest's console has a line with the text, which it returns: an agent says one line of a kind a
+// second at most.
+func (g *guest) says(text string, do func()) string {
 	g.t.Helper()
+	from := g.ConsoleEnd()
 	for within := step(g.ctx, g.t); ; {
-		impostor(g.t, cid, identity)
+		do()
 		soon, cancel := context.WithTimeout(within, 200*time.Millisecond)
-		_, _, err := g.Wait(soon, from, expected)
+		line, _, err := g.Wait(soon, from, text)
 		cancel()
 		if err == nil {
-			return
+			return line
 		}
 		if within.Err() != nil {
-			g.t.Fatalf("no %q on the console of %s", expected, g.Name)
+			g.t.Fatal(err)
 		}
 	}
 }
