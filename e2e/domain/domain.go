@@ -6,6 +6,7 @@ package domain
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	_ "embed"
 	"encoding/xml"
@@ -32,6 +33,8 @@ const (
 type Spec struct {
 	Name string
 	UUID string
+	// Was is the name that its files have, where that is not Name: a domain that is renamed keeps them.
+	Was string
 	// Keys are the names that the domain's metadata asks for; none: the domain has no metadata of ours.
 	Keys []string
 	// Agent is the agent's configuration, /etc/keybroker/agent.toml; empty: the guest has none.
@@ -68,13 +71,13 @@ func AgentConfig(pin, key string) string {
 }
 
 // Dir is where a guest's files are.
-func (s Spec) Dir() string { return filepath.Join(folder, s.Name) }
+func (s Spec) Dir() string { return filepath.Join(folder, cmp.Or(s.Was, s.Name)) }
 
 // Kernel is the kernel that all guests boot.
 func (s Spec) Kernel() string { return filepath.Join(folder, "vmlinux") }
 
 // Console is the file that the guest's console is appended to.
-func (s Spec) Console() string { return filepath.Join(consoles, s.Name+".console") }
+func (s Spec) Console() string { return filepath.Join(consoles, cmp.Or(s.Was, s.Name)+".console") }
 
 //go:embed domain.xml
 var domainXML string
