@@ -38,7 +38,8 @@ type Config struct {
 
 	// SyncEvery is the longest time until a Written record is on disk; 0 means DefaultSyncEvery.
 	SyncEvery time.Duration
-	// Reserve is how many octets are allocated ahead for releases alone; 0 means DefaultReserve, a negative number none.
+	// Reserve is how many octets are allocated ahead for releases, changes by hand and the log's own records alone; 0 means
+	// DefaultReserve, a negative number none.
 	Reserve int64
 	// MaxFile is the size in octets from which on a new file is begun; 0 means DefaultMaxFile.
 	MaxFile int64
@@ -270,11 +271,11 @@ func byHand(e Event) bool {
 }
 
 // write puts l.line, one record or several, at the file's end: whole or not at all.
-func (l *Log) write(essential bool) error {
+func (l *Log) write(mayUseReserve bool) error {
 	if l.err != nil {
 		return l.err
 	}
-	if err := l.makeRoom(int64(len(l.line)), essential); err != nil {
+	if err := l.makeRoom(int64(len(l.line)), mayUseReserve); err != nil {
 		return err
 	}
 	n, err := l.file.WriteAt(l.line, l.size)

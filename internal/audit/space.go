@@ -9,14 +9,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The reserve is blocks that are allocated behind the end of the file that is written to. A release uses them without asking
-// the file system for space, so nobody else can take them in between; refusals must leave them alone.
+// The reserve is blocks that are allocated behind the end of the file that is written to. Releases, changes by hand and the log's
+// own records use them without asking the file system for space, so nobody else can take them in between; refusals must leave
+// them alone.
 
 // chunk is by how many octets the allocation grows at a time.
 const chunk = 1 << 20
 
-// essential says whether a record may use the reserve: keys that leave, and what the log needs to prove itself. These are
-// few, and no stranger makes them.
+// essential says whether the event's is a record that must not be lost: keys that leave, and what the log needs to prove itself.
+// These are few, and no stranger makes them.
 func essential(e Event) bool {
 	switch e {
 	case EventRelease, EventBreakGlass, EventCheckpoint, EventStart, EventStop, EventRecovered, EventDropped, EventReset:
@@ -25,17 +26,17 @@ func essential(e Event) bool {
 	return false
 }
 
-// makeRoom sees to it that the file has n octets and the reserve behind them. A record that is essential needs only the n,
-// and takes them from the reserve.
-func (l *Log) makeRoom(n int64, essential bool) error {
+// makeRoom sees to it that the file has n octets and the reserve behind them. A record that may use the reserve needs only the n,
+// and takes them from there.
+func (l *Log) makeRoom(n int64, mayUseReserve bool) error {
 	if !l.low && l.room < l.size+n+l.cfg.Reserve {
 		if err := l.extend(n); err != nil {
 			l.cfg.Logger.Warn("the disk of the audit log is full; refusals are not recorded until there is space", "error", err)
 			l.setLow(true)
 		}
 	}
-	if l.low && !essential {
-		return fmt.Errorf("%w: only the reserve is left, which is for releases", ErrNoSpace)
+	if l.low && !mayUseReserve {
+		return fmt.Errorf("%w: only the reserve is left, which is for releases, changes by hand and the log's own records", ErrNoSpace)
 	}
 	return nil
 }

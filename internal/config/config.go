@@ -48,7 +48,7 @@ type VM struct {
 type Audit struct {
 	Sync    time.Duration // a record of a service's key is on disk at most this much later; zero: before the key leaves
 	MaxFile int64         // octets at which a new file is begun; never zero
-	Reserve int64         // octets of the log's room that only releases may use; never zero
+	Reserve int64         // octets that only releases, changes by hand and the log's own records may use; never zero
 }
 
 // Admin is the table [admin]. Users are names or numbers as the operator wrote them.
