@@ -172,11 +172,7 @@ func (x *guest) boot() hypervisor.Boot {
 // restart begins a new boot window: the guest reset, or something that refused it has changed.
 func (x *guest) restart(dropConnection bool) {
 	if dropConnection {
-		x.mu.Lock()
-		if x.conn != nil {
-			x.conn()
-		}
-		x.mu.Unlock()
+		x.drop()
 	}
 	signal(x.wake)
 	if x.wanted() { // who has all is not told to fetch it again
@@ -187,6 +183,11 @@ func (x *guest) restart(dropConnection bool) {
 // revoked ends the connection of a guest that has no right to keys any more, and shows why.
 func (x *guest) revoked(why inject.Refusal) {
 	x.set(VMQuiet, &why)
+	x.drop()
+}
+
+// drop ends the connection that is open, if there is one.
+func (x *guest) drop() {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if x.conn != nil {

@@ -83,9 +83,10 @@ func (b *Broker) unplugged(e libvirt.Event) {
 	if b.ticket(e.UUID, "vsock device unplugged", (*hypervisor.Ticket).Revoke) {
 		b.log.Warn("a VM's vsock device was unplugged; it gets no more keys in this boot", "vm", x.domain.Name, "cid", x.domain.CID)
 	}
+	const why = "its vsock device was unplugged"
 	x.revoked(inject.Refusal{
-		Code: inject.CodeNoTicket, Reason: "its vsock device was unplugged",
-		Next: "its vsock device was unplugged: plug one with CID " + fmt.Sprint(x.domain.CID) + " in and reboot the VM, or stop and start it",
+		Code: inject.CodeNoTicket, Reason: why,
+		Next: fmt.Sprintf("%s: plug one with CID %d in and reboot the VM, or stop and start it", why, x.domain.CID),
 	})
 }
 
@@ -95,7 +96,7 @@ func (b *Broker) lostVsock(x *guest, device string) bool {
 	if !strings.HasPrefix(device, libvirt.UserDevice) {
 		return device == libvirt.VsockDevice
 	}
-	d, err := b.libvirt.Live(b.running, x.domain.UUID)
+	d, err := b.live(b.running, x.domain.UUID)
 	if err != nil { // each release asks again
 		b.log.Warn("a VM lost a device, and libvirt cannot say whether it was its vsock", "vm", x.domain.Name, "device", device, "err", err)
 		return false

@@ -1,12 +1,15 @@
 package daemon
 
 import (
+	"context"
 	"log/slog"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"keybroker/hypervisor"
 	"keybroker/hypervisor/libvirt"
+	"keybroker/inject"
 	"keybroker/internal/store"
 )
 
@@ -40,5 +43,48 @@ func TestUnreadableDomainIsShown(t *testing.T) {
 	b.reconcile([]hypervisor.Domain{bad})
 	if all = b.vmStatus(); len(all) != 0 {
 		t.Errorf("mended, status has %+v", all)
+	}
+}
+
+// A guest that has lost its vsock device has no right to keys any more, and status says why; one that has lost another has.
+// libvirt is asked only about devices that an administrator named.
+func TestUnplugged(t *testing.T) {
+	live := func(cid uint32) func() (hypervisor.Domain, error) {
+		return func() (hypervisor.Domain, error) { return hypervisor.Domain{UUID: testVM, CID: cid}, nil }
+	}
+	stuck := func() (hypervisor.Domain, error) { return hypervisor.Domain{}, libvirt.ErrNotAnswering }
+	for _, c := range []struct {
+		device string
+		live   func() (hypervisor.Domain, error) // nil: it is not asked
+		lost   bool
+	}{
+		{device: "vsock0", lost: true},
+		{device: "net0"},
+		{device: "ua-mine", live: live(7)},
+		{device: "ua-mine", live: live(0), lost: true},
+		{device: "ua-mine", live: live(8), lost: true},
+		{device: "ua-mine", live: stuck},
+	} {
+		b := newTestBroker(t, testVMPolicy, nil)
+		asked := false
+		b.live = func(context.Context, string) (hypervisor.Domain, error) { asked = true; return c.live() }
+		x, _ := newTestGuest(t, b)
+		x.state = VMAsking
+		b.guests.by[testVM] = x
+		dropped := false
+		x.conn = func() { dropped = true }
+
+		b.unplugged(libvirt.Event{Kind: libvirt.Unplugged, UUID: testVM, Name: "web1", Device: c.device})
+		r, err := b.vm(testVM)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := r.Ticket.State == hypervisor.StateNone; got != c.lost || dropped != c.lost || asked != (c.live != nil) {
+			t.Errorf("%s: ticket %v, connection dropped: %v, libvirt asked: %v", c.device, r.Ticket, dropped, asked)
+		}
+		v := x.status()
+		if shown := v.State == VMQuiet && v.Code == string(inject.CodeNoTicket) && strings.Contains(v.Why, "unplugged"); shown != c.lost {
+			t.Errorf("%s: status has %s, %s, %q", c.device, v.State, v.Code, v.Why)
+		}
 	}
 }
