@@ -138,7 +138,7 @@ func (h *Holder) hello(ctx context.Context) error {
 		return errors.New("it is a program of another version")
 	}
 	h.realm = RealmID(b[4:])
-	h.identity = slices.Clone(b[4+RealmIDSize : helloSize-4])
+	h.identity = slices.Clone(b[4+RealmIDSize:])
 	return nil
 }
 

@@ -85,6 +85,5 @@ func (k *keyring) do(body []byte) ([]byte, error) {
 func (k *keyring) hello() []byte {
 	out := binary.BigEndian.AppendUint32(nil, wireVersion)
 	out = append(out, k.realm[:]...)
-	out = append(out, k.schedules[0].identity...)
-	return binary.BigEndian.AppendUint32(out, uint32(len(k.schedules)))
+	return append(out, k.schedules[0].identity...)
 }

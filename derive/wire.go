@@ -10,7 +10,7 @@ import (
 // that many octets. A request is one octet of operation and its arguments; an answer is one octet of status and, for
 // statusOK alone, the result. Answers come in the order of the requests.
 //
-//	hello   -> u32 wire version, realm id 16, identity 32, u32 number of generations
+//	hello   -> u32 wire version, realm id 16, identity 32
 //	derive  u32 generation, u32 L, info -> key L
 //	sign    E(label, fields...) -> signature 64
 const (
@@ -25,7 +25,7 @@ const (
 	maxRequest = 1 + 4 + maxLabel + maxMessage
 	// maxAnswer is the same for an answer.
 	maxAnswer = 128
-	helloSize = 4 + RealmIDSize + 32 + 4
+	helloSize = 4 + RealmIDSize + 32
 )
 
 // Statuses of an answer. After statusMalformed and those above statusGeneration the keyholder ends.
