@@ -43,7 +43,11 @@ func ParseSlotID(s string) (SlotID, error) {
 // decodeHex fills out from lower case hex of exactly its length.
 func decodeHex(out []byte, s string) bool {
 	b, err := octet.ParseHex(s)
-	return err == nil && len(b) == len(out) && copy(out, b) == len(out)
+	if err != nil || len(b) != len(out) {
+		return false
+	}
+	copy(out, b)
+	return true
 }
 
 // A Binding is the one slot that a protector works for. A protector that derives its key (a challenge to a token, a password

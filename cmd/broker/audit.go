@@ -115,7 +115,7 @@ func addStoredHead(p config.Paths, opts *audit.VerifyOptions) string {
 		return "none: there is no store"
 	case err != nil:
 		return "not read: " + err.Error()
-	case h == audit.Head{}:
+	case h.Seq == 0:
 		return "none in the store"
 	}
 	opts.Heads = append(opts.Heads, h)

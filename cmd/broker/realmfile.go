@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"runtime/debug"
 	"strings"
 	"syscall"
@@ -159,7 +160,12 @@ func lockRealm(ctx context.Context, paths config.Paths) (*seal.Locked, error) {
 // does what it can, and says what it cannot.
 func hardenProcess() error {
 	debug.SetTraceback("none")
-	if err := errors.Join(unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}), unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0), noNewPrivileges()); err != nil {
+	err := errors.Join(
+		os.NewSyscallError("setrlimit RLIMIT_CORE", unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{})),
+		os.NewSyscallError("prctl PR_SET_DUMPABLE", unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)),
+		os.NewSyscallError("prctl PR_SET_NO_NEW_PRIVS", noNewPrivileges()),
+	)
+	if err != nil {
 		return fmt.Errorf("forbidding core dumps, traces and new privileges: %w", err)
 	}
 	return nil

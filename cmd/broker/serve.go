@@ -41,7 +41,7 @@ With --state-dir it runs beside the system's own broker, as an ordinary user.`,
 				return usageError{err}
 			}
 			if err := hardenProcess(); err != nil {
-				log.Warn("other processes of this user may read this one's memory", "err", err)
+				log.Warn("this process is not fully hardened", "err", err)
 			}
 			reload := make(chan os.Signal, 1)
 			signal.Notify(reload, unix.SIGHUP)
