@@ -5,9 +5,9 @@ import (
 	"encoding/hex"
 	"fmt"
 
-	"keybroker/internal/octet"
-
 	"github.com/go-json-experiment/json/jsontext"
+
+	"keybroker/internal/octet"
 )
 
 // A RealmID names a realm: 16 octets that its first master gives.

@@ -13,10 +13,10 @@ import (
 	"slices"
 	"strconv"
 
-	"keybroker/derive"
-
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
+
+	"keybroker/derive"
 )
 
 // See LUKS2 On-Disk Format Specification 1.1, section 2: two copies of a binary header of 4096 octets, each followed by a

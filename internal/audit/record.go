@@ -16,10 +16,10 @@ import (
 	"strings"
 	"time"
 
-	"keybroker/internal/octet"
-
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
+
+	"keybroker/internal/octet"
 )
 
 // MaxLine is the longest record in octets, without the end of its line.
