@@ -137,9 +137,11 @@ func parse(data []byte, v any) error {
 	return errors.New("not strict JSON: repeated names, bad UTF-8 and trailing octets are errors too")
 }
 
+var plainPointer = regexp.MustCompile(`^[a-z0-9_/]+$`)
+
 // shownPointer keeps a JSON pointer for an error only where it consists of the protocol's own plain names.
 func shownPointer(p string) string {
-	if len(p) > 64 || !regexp.MustCompile(`^[a-z0-9_/]+$`).MatchString(p) {
+	if len(p) > 64 || !plainPointer.MatchString(p) {
 		return "the message"
 	}
 	return strings.TrimPrefix(p, "/")

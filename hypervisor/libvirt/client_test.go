@@ -211,7 +211,7 @@ func TestSockets(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), missing) || !strings.Contains(err.Error(), "libvirtd") {
 		t.Errorf("nobody there: %v", err)
 	}
-	if _, err = s.client(Config{Sockets: []string{}}).Live(t.Context(), web1.uuid); err == nil || !strings.Contains(err.Error(), "no socket is configured") {
+	if _, err = s.client(Config{Sockets: []string{}}).Live(t.Context(), web1.uuid); err == nil || !strings.HasSuffix(err.Error(), ": connecting to libvirt: no socket is configured") {
 		t.Errorf("no socket: %v", err)
 	}
 }

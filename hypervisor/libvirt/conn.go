@@ -22,7 +22,10 @@ type conn struct {
 
 // open connects to the first socket that somebody listens on, and opens the hypervisor there.
 func (c *Client) open(ctx context.Context) (*conn, error) {
-	tried := errors.New("no socket is configured")
+	if len(c.cfg.Sockets) == 0 {
+		return nil, errors.New("connecting to libvirt: no socket is configured")
+	}
+	var tried error
 	for _, path := range c.cfg.Sockets {
 		raw, err := (&net.Dialer{Timeout: c.cfg.Timeout}).DialContext(ctx, "unix", path)
 		if err == nil {

@@ -11,6 +11,7 @@ import (
 	"os/user"
 	"slices"
 	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -369,7 +370,7 @@ func (x *guest) status() VMStatus {
 	if x.refused != nil {
 		v.Code, v.Why = string(x.refused.Code), x.refused.Reason
 		if x.refused.Next != "" {
-			v.Why = x.refused.Next
+			v.Why = strings.TrimPrefix(v.Why+"; "+x.refused.Next, "; ")
 		}
 	}
 	x.mu.Unlock()

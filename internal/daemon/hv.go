@@ -83,10 +83,9 @@ func (b *Broker) unplugged(e libvirt.Event) {
 	if b.ticket(e.UUID, "vsock device unplugged", (*hypervisor.Ticket).Revoke) {
 		b.log.Warn("a VM's vsock device was unplugged; it gets no more keys in this boot", "vm", x.domain.Name, "cid", x.domain.CID)
 	}
-	const why = "its vsock device was unplugged"
 	x.revoked(inject.Refusal{
-		Code: inject.CodeNoTicket, Reason: why,
-		Next: fmt.Sprintf("%s: plug one with CID %d in and reboot the VM, or stop and start it", why, x.domain.CID),
+		Code: inject.CodeNoTicket, Reason: "its vsock device was unplugged",
+		Next: fmt.Sprintf("plug one with CID %d in and reboot the VM, or stop and start it", x.domain.CID),
 	})
 }
 
