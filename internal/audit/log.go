@@ -47,6 +47,9 @@ type Config struct {
 	// least one; 0 means 4096 and 10 minutes.
 	CheckpointRecords uint64
 	CheckpointEvery   time.Duration
+	// Regained is called in the background when there is space again after there was only the reserve, or none; nil: nobody
+	// is told. It must not wait for the log.
+	Regained func()
 	// Logger gets what goes wrong in the background; nil means nobody does.
 	Logger *slog.Logger
 }

@@ -95,17 +95,19 @@ func (l *Log) lose(e Event, now time.Time) {
 // regain tries to have the reserve whole again, and then writes how much was left out.
 func (l *Log) regain() {
 	l.mu.Lock()
-	if l.err == nil && l.low {
-		if l.extend(0) == nil {
-			l.low = false
-			l.cfg.Logger.Info("the audit log has space again", "dropped", l.lost.count)
-		}
+	regained := l.err == nil && l.low && l.extend(0) == nil
+	if regained {
+		l.low = false
+		l.cfg.Logger.Info("the audit log has space again", "dropped", l.lost.count)
 	}
 	lost, usable := l.lost, !l.low && l.err == nil
 	if usable {
 		l.lost.count = 0
 	}
 	l.mu.Unlock()
+	if regained && l.cfg.Regained != nil {
+		l.cfg.Regained()
+	}
 	if !usable || lost.count == 0 {
 		return
 	}

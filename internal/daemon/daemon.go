@@ -61,6 +61,7 @@ type Broker struct {
 	store    *store.Store
 	audit    *audit.Log
 	refusals *audit.Coalescer
+	space    chan struct{} // the audit log has room again
 
 	syncAlways bool // a service's key waits until its record is on disk
 	realm      *realm
@@ -94,7 +95,7 @@ func open(c Config, from passed) (*Broker, *listeners, error) {
 	}
 	b := &Broker{
 		cfg: c.Settings, paths: c.Paths, source: c.Policy, version: c.Version, log: c.Log, host: host,
-		describe: c.Describe, since: time.Now(), dial: DialGuest,
+		describe: c.Describe, since: time.Now(), dial: DialGuest, space: make(chan struct{}, 1),
 	}
 	if err := b.loadPolicy(); err != nil {
 		return nil, nil, err
@@ -216,6 +217,7 @@ func (b *Broker) serve(ctx context.Context, l *listeners, from passed, reload <-
 	})
 	parts.Go(func() { b.watchHypervisor(ctx) })
 	parts.Go(func() { b.reloadOn(ctx, reload) })
+	parts.Go(func() { b.wakeOnSpace(ctx) })
 	parts.Go(func() { watchdog(ctx, b.healthy) })
 
 	<-ctx.Done()

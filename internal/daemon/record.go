@@ -28,6 +28,7 @@ func (b *Broker) openAudit(realm string) (err error) {
 		LoadHead:  func() (audit.Head, error) { return LoadHead(b.store) },
 		SaveHead:  func(h audit.Head) error { return SaveHead(b.store, h) },
 		SyncEvery: a.Sync, Reserve: a.Reserve, MaxFile: a.MaxFile, Logger: b.log,
+		Regained: func() { signal(b.space) },
 	})
 	if err == nil {
 		b.refusals = audit.NewCoalescer(audit.CoalescerConfig{Append: b.audit.Append})
@@ -101,6 +102,18 @@ func evidenceDigest(evidence []byte) string {
 	}
 	d := sha256.Sum256(evidence)
 	return hex.EncodeToString(d[:])
+}
+
+// wakeOnSpace lets guests ask again that were refused while the audit log had no room: they do not look by themselves for a minute.
+func (b *Broker) wakeOnSpace(ctx context.Context) {
+	for {
+		select {
+		case <-b.space:
+			b.wakeGuests()
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // checkpoint signs the log so far: what was written while the realm was locked, and what came before it is.
