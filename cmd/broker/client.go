@@ -87,11 +87,16 @@ func answer(client *http.Client, r *http.Request, at string) ([]byte, error) {
 	return nil, fmt.Errorf("the broker answered with status %d: %s", response.StatusCode, bytes.TrimSpace(body[:min(len(body), 200)]))
 }
 
+// hungUp is a connection that ended unanswered: systemd listens for a broker that it may not start, or one that just ends.
+func hungUp(err error) bool {
+	return errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
+}
+
 // unreachable says what it means that a socket, or an address, does not answer.
 func unreachable(at string, err error) error {
 	var timeout net.Error
 	switch {
-	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ECONNREFUSED):
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ECONNREFUSED), hungUp(err):
 		hint := "`systemctl start keybroker`, or name the broker's --state-dir"
 		if !strings.Contains(at, "/") {
 			hint = "`systemctl start keybroker`; listen in broker.toml says at which addresses it is"

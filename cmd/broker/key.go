@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 
 	"github.com/spf13/cobra"
@@ -76,10 +77,14 @@ the file that the flags say.`,
 	return c
 }
 
-// checkServer wants nothing, or what --server says.
+// checkServer wants nothing, or an address where a broker of this host may be: whatever else answers would be taken for a key.
 func checkServer(server string) error {
-	if _, _, err := net.SplitHostPort(server); server != "" && err != nil {
-		return fmt.Errorf("--server wants ADDR:PORT, as 127.0.0.1:7209, got %q", server)
+	if server == "" {
+		return nil
+	}
+	host, port, err := net.SplitHostPort(server)
+	if _, bad := strconv.ParseUint(port, 10, 16); err != nil || bad != nil || port == "0" || !slices.Contains([]string{"127.0.0.1", "::1", "localhost"}, host) {
+		return fmt.Errorf("--server wants 127.0.0.1, [::1] or localhost with a port, as 127.0.0.1:7209, got %q: a broker on another host gives no keys", server)
 	}
 	return nil
 }
