@@ -2,9 +2,12 @@ package main
 
 import (
 	"fmt"
+	"math"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
+	"strings"
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
@@ -16,24 +19,22 @@ import (
 func escape(s string) string { return url.PathEscape(s) }
 
 func newExplainCommand(g *globals) *cobra.Command {
-	var uid int64
-	var unit string
+	var who callerFlags
 	var asJSON bool
 	c := &cobra.Command{
 		Use:   "explain VM|SERVICE",
 		Short: "Say which rule decides about a VM or a service, and why; releases nothing",
 		Long: `Say which rule decides about a virtual machine (by name or UUID) or about a service, and why. Nothing is released.
-For a service, --uid and --unit say who would ask. Exit status 1 when it would be refused.`,
+A name is that of a VM if one has it, and with --uid, --unit or --via that of a service. These say who would ask and how; without
+--uid it is the user that runs this command. Exit status 1 when it would be refused.`,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: g.completeVM,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			query := url.Values{"of": {args[0]}}
-			if uid >= 0 {
-				query.Set("uid", strconv.FormatInt(uid, 10))
+			query, err := who.query(cmd.Flags().Changed)
+			if err != nil {
+				return usageError{err}
 			}
-			if unit != "" {
-				query.Set("unit", unit)
-			}
+			query.Set("of", args[0])
 			var e daemon.Explanation
 			if err := g.ask(cmd.Context(), http.MethodGet, "/v1/explain?"+query.Encode(), &e); err != nil {
 				return err
@@ -53,10 +54,44 @@ For a service, --uid and --unit say who would ask. Exit status 1 when it would b
 			return nil
 		},
 	}
-	c.Flags().Int64Var(&uid, "uid", -1, "user id of the service that would ask")
-	c.Flags().StringVar(&unit, "unit", "", "cgroup `PATH` of the service that would ask, such as /system.slice/db.service")
+	c.Flags().Int64Var(&who.uid, "uid", 0, "user `ID` of the service that would ask (default: this command's own)")
+	c.Flags().StringVar(&who.unit, "unit", "", "cgroup `PATH` of the service that would ask, such as /system.slice/db.service")
+	c.Flags().StringVar(&who.via, "via", policy.ViaUnix, "the `DOOR` that it would come through: unix or tcp")
+	c.RegisterFlagCompletionFunc("via", cobra.FixedCompletions(doors, cobra.ShellCompDirectiveNoFileComp))
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return c
+}
+
+// callerFlags say who would ask for a service's key.
+type callerFlags struct {
+	uid       int64
+	unit, via string
+}
+
+var doors = []string{policy.ViaUnix, policy.ViaTCP}
+
+// query is what the broker is asked: only what was said, since a VM has none of it.
+func (f *callerFlags) query(said func(flag string) bool) (url.Values, error) {
+	q := url.Values{}
+	if said("uid") {
+		if f.uid < 0 || f.uid >= math.MaxUint32 {
+			return nil, fmt.Errorf("--uid: expected the number of a user, 0 to %d, got %d", uint32(math.MaxUint32-1), f.uid)
+		}
+		q.Set("uid", strconv.FormatInt(f.uid, 10))
+	}
+	if said("unit") {
+		if !strings.HasPrefix(f.unit, "/") {
+			return nil, fmt.Errorf("--unit: expected the path of a cgroup such as /system.slice/db.service, got %q", f.unit)
+		}
+		q.Set("unit", f.unit)
+	}
+	if said("via") {
+		if !slices.Contains(doors, f.via) {
+			return nil, fmt.Errorf("--via: expected unix or tcp, got %q", f.via)
+		}
+		q.Set("via", f.via)
+	}
+	return q, nil
 }
 
 func newPolicyCommand(g *globals) *cobra.Command {

@@ -137,6 +137,27 @@ func (c *Client) Live(ctx context.Context, uuid string) (hypervisor.Domain, erro
 	return d, nil
 }
 
+// Defined looks a domain up by its name or UUID, whether it runs or not, within Config.Patience. Without one it is ErrNotFound.
+func (c *Client) Defined(ctx context.Context, nameOrUUID string) (hypervisor.Domain, error) {
+	var d hypervisor.Domain
+	err := c.with(ctx, func(ctx context.Context, n *conn) error {
+		dom, err := ask(ctx, c, n, func() (golibvirt.Domain, error) {
+			if raw, err := hypervisor.UUIDBytes(nameOrUUID); err == nil {
+				return n.rpc.DomainLookupByUUID(raw)
+			}
+			return n.rpc.DomainLookupByName(nameOrUUID)
+		})
+		if err == nil {
+			d, err = c.describe(ctx, n, dom)
+		}
+		return known(err)
+	})
+	if err != nil {
+		return hypervisor.Domain{}, fmt.Errorf("looking up domain %.64q: %w", nameOrUUID, err)
+	}
+	return d, nil
+}
+
 // List returns the domains that have a process now, within Config.Patience for each. A domain whose definition cannot be read
 // is among them, with the reason in its Problem.
 func (c *Client) List(ctx context.Context) ([]hypervisor.Domain, error) {

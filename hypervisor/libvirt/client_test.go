@@ -48,6 +48,26 @@ func TestLive(t *testing.T) {
 	}
 }
 
+// A domain that is off is found by its UUID and its name.
+func TestDefined(t *testing.T) {
+	off := domain(2, 43)
+	off.state = golibvirt.DomainShutoff
+	want := off.want(43)
+	want.Running = false
+	c := newServer(t, domain(1, 42), off).client(Config{})
+	for _, of := range []string{off.name, off.uuid} {
+		got, err := c.Defined(t.Context(), of)
+		if diff := cmp.Diff(want, got); err != nil || diff != "" {
+			t.Errorf("%s: %v %s", of, err, diff)
+		}
+	}
+	for _, of := range []string{"web3", "99999999-0000-4000-8000-000000000001", ""} {
+		if d, err := c.Defined(t.Context(), of); !errors.Is(err, ErrNotFound) {
+			t.Errorf("%q: %+v, %v", of, d, err)
+		}
+	}
+}
+
 func TestLiveRefuses(t *testing.T) {
 	const unknown = "99999999-0000-4000-8000-000000000001"
 	self := domain(1, 42)

@@ -18,6 +18,7 @@ import (
 // Procedures of libvirt's remote protocol that the client uses.
 const (
 	procXML        = 14
+	procLookupName = 23
 	procLookup     = 24
 	procAuthList   = 66
 	procLibVersion = 157
@@ -179,14 +180,16 @@ func (s *server) reply(n *session, c request) {
 		}
 		binary.BigEndian.PutUint32(body, active)
 		n.reply(c, append(body, words(active)...))
-	case procLookup, procXML, procState:
-		i := slices.IndexFunc(s.domains, func(d fakeDomain) bool { return containsUUID(c.args, d.uuid) })
+	case procLookup, procLookupName, procXML, procState:
+		i := slices.IndexFunc(s.domains, func(d fakeDomain) bool {
+			return containsUUID(c.args, d.uuid) || c.proc == procLookupName && slices.Equal(c.args, xdrString(d.name))
+		})
 		if i < 0 {
 			n.refuse(c, uint32(golibvirt.ErrNoDomain), "Domain not found")
 			return
 		}
 		d := s.domains[i]
-		n.reply(c, map[uint32][]byte{procLookup: d.encode(), procXML: xdrString(d.xml), procState: words(uint32(d.state), 0)}[c.proc])
+		n.reply(c, map[uint32][]byte{procLookup: d.encode(), procLookupName: d.encode(), procXML: xdrString(d.xml), procState: words(uint32(d.state), 0)}[c.proc])
 	default:
 		n.refuse(c, uint32(golibvirt.ErrNoSupport), "unknown procedure")
 	}

@@ -18,15 +18,8 @@ import (
 	"keybroker/hypervisor"
 	"keybroker/inject"
 	"keybroker/internal/audit"
-	"keybroker/internal/policy"
 	"keybroker/internal/store"
 )
-
-// Explanation is what `keybroker explain` shows: which rule would decide, and why. Nothing is released.
-type Explanation struct {
-	Allow bool     `json:"allow"`
-	Lines []string `json:"lines"`
-}
 
 // adminRoutes serve admin.sock. Its mode lets root and one group in; what changes something wants root, the broker's own
 // user, or an administrator that broker.toml names.
@@ -117,6 +110,20 @@ func (b *Broker) administrator(uid uint32) bool {
 
 // findVM takes the UUID, or a name that one VM has, of a domain that runs, is in the policy or was seen before.
 func (b *Broker) findVM(nameOrUUID string) (string, error) {
+	uuids, err := b.lookUpVM(nameOrUUID)
+	switch {
+	case err != nil:
+		return "", err
+	case len(uuids) == 0:
+		return "", inject.Refusal{Code: inject.CodeUnknownPeer, Reason: fmt.Sprintf("no VM %.64q with keybroker's metadata was seen", nameOrUUID), Next: "`keybroker vm list` shows them"}
+	case len(uuids) > 1:
+		return "", inject.Refusal{Code: inject.CodeUnknownPeer, Reason: fmt.Sprintf("%.64q is the name of %d VMs: %v", nameOrUUID, len(uuids), uuids), Next: "give the UUID"}
+	}
+	return uuids[0], nil
+}
+
+// lookUpVM lists the UUIDs that findVM chooses from, in order.
+func (b *Broker) lookUpVM(nameOrUUID string) ([]string, error) {
 	// A name means the VM that runs under it, or else the one that the policy knows by it, or else one that was seen: a domain that
 	// is defined anew under its old name has another UUID, and the record of the old one stays.
 	var running, known, seen []string
@@ -127,6 +134,9 @@ func (b *Broker) findVM(nameOrUUID string) (string, error) {
 	}
 	for _, x := range b.guests.list() {
 		note(&running, x.domain.UUID, x.domain.Name)
+	}
+	for _, v := range b.guests.listUnreadable() {
+		note(&running, v.UUID, v.Name)
 	}
 	for _, entry := range b.policy().Find(nameOrUUID) {
 		note(&known, entry.UUID, entry.Name)
@@ -140,21 +150,18 @@ func (b *Broker) findVM(nameOrUUID string) (string, error) {
 		})
 	})
 	if err != nil {
-		return "", err
+		return nil, err
 	}
 	if slices.Contains(slices.Concat(running, known, seen), nameOrUUID) {
-		return nameOrUUID, nil
+		return []string{nameOrUUID}, nil
 	}
 	for _, uuids := range [][]string{running, known, seen} {
-		switch {
-		case len(uuids) > 1:
+		if len(uuids) > 0 {
 			slices.Sort(uuids)
-			return "", inject.Refusal{Code: inject.CodeUnknownPeer, Reason: fmt.Sprintf("%.64q is the name of %d VMs: %v", nameOrUUID, len(uuids), uuids), Next: "give the UUID"}
-		case len(uuids) == 1:
-			return uuids[0], nil
+			return uuids, nil
 		}
 	}
-	return "", inject.Refusal{Code: inject.CodeUnknownPeer, Reason: fmt.Sprintf("no VM %.64q with keybroker's metadata was seen", nameOrUUID), Next: "`keybroker vm list` shows them"}
+	return nil, nil
 }
 
 // allowVM ends a denial and gives the running boot a ticket by hand. The record of it is on disk before the store has it.
@@ -244,75 +251,6 @@ func (b *Broker) denyVM(r *http.Request) error {
 		err = fmt.Errorf("the VM is denied, and the audit does not say so: %w", unrecorded)
 	}
 	return err
-}
-
-// explain says what would be decided, without deciding it.
-func (b *Broker) explain(w http.ResponseWriter, r *http.Request) {
-	q := r.URL.Query()
-	of := q.Get("of")
-	if q.Has("uid") || q.Has("unit") {
-		answerJSON(w, http.StatusOK, b.explainService(of, q.Get("uid"), q.Get("unit")))
-		return
-	}
-	if uuid, err := b.findVM(of); err == nil {
-		answerJSON(w, http.StatusOK, b.explainVM(uuid))
-		return
-	}
-	answerJSON(w, http.StatusOK, b.explainService(of, "", ""))
-}
-
-func (b *Broker) explainService(name, uid, unit string) Explanation {
-	claims := policy.Claims{Via: policy.ViaUnix, Unit: unit, MatchUnit: func(path string) bool { return path == unit }}
-	n, err := strconv.ParseUint(uid, 10, 32)
-	if err != nil {
-		n = uint64(^uint32(0)) // nobody's
-	}
-	claims.UID = uint32(n)
-	d := b.policy().Service(name, claims)
-	e := Explanation{Allow: d.Allow, Lines: []string{decisionLine("service "+name, d)}}
-	for _, t := range b.policy().ExplainService(name, claims) {
-		e.Lines = append(e.Lines, "  "+t.String())
-	}
-	return e
-}
-
-func decisionLine(what string, d policy.Decision) string {
-	if d.Allow {
-		return what + ": allowed by " + d.Rule
-	}
-	return fmt.Sprintf("%s: refused, %s: %s", what, d.Code, d.Reason)
-}
-
-func (b *Broker) explainVM(uuid string) Explanation {
-	claims := policy.VMClaims{UUID: uuid, Tier: inject.TierVM, Host: b.host}
-	x := b.guests.get(uuid)
-	if x != nil {
-		claims.Name = x.domain.Name
-	} else if entries := b.policy().Find(uuid); len(entries) == 1 {
-		claims.Name = entries[0].Name
-	}
-	entry, d := b.policy().VM(claims)
-	e := Explanation{Allow: d.Allow, Lines: []string{decisionLine("VM "+uuid, d)}}
-	for _, t := range b.policy().ExplainVM(claims) {
-		e.Lines = append(e.Lines, "  "+t.String())
-	}
-	if entry != nil {
-		e.Lines = append(e.Lines, fmt.Sprintf("  keys %v of subject %s", entry.KeyNames(), entry.Subject))
-	}
-	r, err := b.vm(uuid)
-	switch {
-	case err != nil:
-		e.Lines = append(e.Lines, "  its state cannot be read: "+err.Error())
-	case r.Denied:
-		e.Allow = false
-		e.Lines = append(e.Lines, "  denied by an administrator; `keybroker vm allow` ends that")
-	default:
-		e.Lines = append(e.Lines, fmt.Sprintf("  ticket of boot %v: %v", r.Ticket.Boot, r.Ticket))
-	}
-	if x == nil {
-		e.Lines = append(e.Lines, "  it does not run, or libvirt has not said so")
-	}
-	return e
 }
 
 // status gathers what `keybroker status` shows.

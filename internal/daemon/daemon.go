@@ -71,7 +71,8 @@ type Broker struct {
 	metrics    *metrics
 	services   *services
 	dial       func(ctx context.Context, cid, port uint32) (net.Conn, error)
-	live       func(ctx context.Context, uuid string) (hypervisor.Domain, error) // libvirt.Live
+	live       func(ctx context.Context, uuid string) (hypervisor.Domain, error)       // libvirt.Live
+	defined    func(ctx context.Context, nameOrUUID string) (hypervisor.Domain, error) // libvirt.Defined
 
 	running context.Context // ends when the broker stops
 }
@@ -147,7 +148,7 @@ func open(c Config, from passed) (*Broker, *listeners, error) {
 	if b.libvirt, err = libvirt.New(libvirt.Config{Sockets: c.Settings.Libvirt}); err != nil {
 		return nil, nil, err
 	}
-	b.live = b.libvirt.Live
+	b.live, b.defined = b.libvirt.Live, b.libvirt.Defined
 	return b, l, nil
 }
 

@@ -54,6 +54,7 @@ func newTestBroker(t *testing.T, policyText string, settings func(*config.Config
 	if b.libvirt, err = libvirt.New(libvirt.Config{}); err != nil {
 		t.Fatal(err)
 	}
+	b.defined = b.libvirt.Defined
 	b.guests, b.metrics = newGuests(b), newMetrics(func() float64 { return 1 })
 	t.Cleanup(b.close)
 	open := func(ctx context.Context) (*derive.Holder, string) {

@@ -111,6 +111,15 @@ func (v *VM) conditions(c VMClaims) []Condition {
 	return out
 }
 
+// askExplain stands before the name of who is refused: the advice that ends a refusal's reason.
+const askExplain = "ask the administrator of this host to run `keybroker explain "
+
+// WithoutAdvice is the reason of a refusal for who runs that command already.
+func (d Decision) WithoutAdvice() string {
+	reason, _, _ := strings.Cut(d.Reason, "; "+askExplain)
+	return reason
+}
+
 // words are for conditions whose names in the file do not read well.
 var words = map[string]string{"via": "transport", "name": "domain name", "hosts": "host"}
 
@@ -152,7 +161,7 @@ func (p *Policy) refuseService(name string, c Claims) Decision {
 	if len(failed) == 0 { // a unit came to be after the entry was tried
 		return Decision{Rule: nearest.Rule, Code: CodeUnit, Reason: "the caller's unit has just changed; ask again"}
 	}
-	return failed[0].refusal(nearest.Rule, "ask the administrator of this host to run `keybroker explain "+name+"`")
+	return failed[0].refusal(nearest.Rule, askExplain+name+"`")
 }
 
 // severity orders refusals: an entry that allows nobody is the farthest from allowing.

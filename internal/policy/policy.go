@@ -188,7 +188,7 @@ func (p *Policy) VM(c VMClaims) (*VM, Decision) {
 	}
 	for _, cond := range v.conditions(c) {
 		if !cond.Holds {
-			return nil, cond.refusal(v.Rule, "ask the administrator of this host to run `keybroker explain "+c.UUID+"`")
+			return nil, cond.refusal(v.Rule, askExplain+c.UUID+"`")
 		}
 	}
 	return v, Decision{Allow: true, Rule: v.Rule}
