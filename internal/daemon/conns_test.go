@@ -5,12 +5,10 @@ import (
 	"net"
 	"net/http"
 	"testing"
-	"time"
 
 	"keybroker/inject"
 	"keybroker/internal/caller"
 	"keybroker/internal/config"
-	"keybroker/internal/policy"
 )
 
 // crowdOf opens as many connections of each user as are admitted, and returns them.
@@ -77,11 +75,7 @@ func TestHealthOfStrangers(t *testing.T) {
 	const most, served = 16, 2 // an eighth
 	broker, _, path := startBroker(t, func(b *Broker) {
 		b.cfg.Limits.Connections, b.cfg.Limits.ConnectionsPerCaller = most, most
-		nobody, err := policy.Parse()
-		if err != nil {
-			t.Fatal(err)
-		}
-		b.rules.Store(&loadedPolicy{Policy: nobody, at: time.Now()})
+		setPolicy(t, b, "")
 	})
 	for n := range most {
 		if kept := keeps(t, dialRaw(t, path)); kept != (n < served) {

@@ -1,26 +1,16 @@
 package daemon
 
 import (
-	"log/slog"
-	"path/filepath"
 	"testing"
-	"time"
 
 	"keybroker/hypervisor"
-	"keybroker/internal/policy"
 	"keybroker/internal/store"
 )
 
 // A name means the VM that runs under it, whatever had it before.
 func TestFindVM(t *testing.T) {
 	const gone, entry, runs = "11111111-2222-3333-4444-555555555555", "22222222-2222-3333-4444-555555555555", "33333333-2222-3333-4444-555555555555"
-	s, err := store.Open(filepath.Join(t.TempDir(), "state.db"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
-	b := &Broker{log: slog.New(slog.DiscardHandler), store: s}
-	b.guests = newGuests(b)
+	b := newStoreBroker(t)
 	for _, uuid := range []string{gone, runs} {
 		if _, err := b.changeVM(uuid, func(_ store.Tx, r *vmRecord) (bool, error) { r.Name = "web1"; return true, nil }); err != nil {
 			t.Fatal(err)
@@ -32,19 +22,11 @@ func TestFindVM(t *testing.T) {
 			t.Errorf("%s is %q, %v, expected %q", name, got, err, want)
 		}
 	}
-	setPolicy := func(text string) {
-		t.Helper()
-		p, err := policy.Parse(policy.File{Name: "policy.toml", Text: []byte(text)})
-		if err != nil {
-			t.Fatal(err)
-		}
-		b.rules.Store(&loadedPolicy{Policy: p, at: time.Now()})
-	}
-	setPolicy("")
+	setPolicy(t, b, "")
 	find("web1", "") // two that were seen
 	find("web2", "")
 	find(gone, gone)
-	setPolicy("[[vm]]\nuuid = \"" + entry + "\"\nname = \"web1\"\ntier = \"vm\"\nkeys = [\"disk\"]\n")
+	setPolicy(t, b, "[[vm]]\nuuid = \""+entry+"\"\nname = \"web1\"\ntier = \"vm\"\nkeys = [\"disk\"]\n")
 	find("web1", entry)
 	b.guests.by[runs] = &guest{domain: hypervisor.Domain{UUID: runs, Name: "web1"}}
 	find("web1", runs)

@@ -27,6 +27,29 @@ const (
 	testVMPolicy = "[[vm]]\nuuid = \"" + testVM + "\"\ntier = \"vm\"\nkeys = [\"disk\"]\n"
 )
 
+// setPolicy puts a policy in force.
+func setPolicy(t *testing.T, b *Broker, text string) {
+	t.Helper()
+	p, err := policy.Parse(policy.File{Name: "policy.toml", Text: []byte(text)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.rules.Store(&loadedPolicy{Policy: p, at: time.Now()})
+}
+
+// newStoreBroker is a broker with a store alone.
+func newStoreBroker(t *testing.T) *Broker {
+	t.Helper()
+	s, err := store.Open(filepath.Join(t.TempDir(), "state.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	b := &Broker{log: slog.New(slog.DiscardHandler), store: s}
+	b.guests = newGuests(b)
+	return b
+}
+
 // newTestBroker is a broker with store, audit, policy and an open realm, that serves nobody.
 func newTestBroker(t *testing.T, policyText string, settings func(*config.Config)) *Broker {
 	t.Helper()
@@ -39,11 +62,7 @@ func newTestBroker(t *testing.T, policyText string, settings func(*config.Config
 	if settings != nil {
 		settings(b.cfg)
 	}
-	p, err := policy.Parse(policy.File{Name: "policy.toml", Text: []byte(policyText)})
-	if err != nil {
-		t.Fatal(err)
-	}
-	b.rules.Store(&loadedPolicy{Policy: p})
+	setPolicy(t, b, policyText)
 	if b.store, err = store.Open(filepath.Join(dir, "state.db")); err != nil {
 		t.Fatal(err)
 	}

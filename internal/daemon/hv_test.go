@@ -2,26 +2,17 @@ package daemon
 
 import (
 	"context"
-	"log/slog"
-	"path/filepath"
 	"testing"
 
 	"keybroker/hypervisor"
 	"keybroker/hypervisor/libvirt"
 	"keybroker/inject"
-	"keybroker/internal/store"
 )
 
 // A domain with a mistake in its metadata gets no key, and status says which mistake, for as long as it runs.
 func TestUnreadableDomainIsShown(t *testing.T) {
-	s, err := store.Open(filepath.Join(t.TempDir(), "state.db"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
-	b := &Broker{log: slog.New(slog.DiscardHandler), store: s}
-	b.guests = newGuests(b)
-	bad := hypervisor.Domain{UUID: "11111111-2222-3333-4444-555555555555", Name: "web1", Running: true, PID: 7, Problem: `unknown element "keys"`}
+	b := newStoreBroker(t)
+	bad := hypervisor.Domain{UUID: testVM, Name: "web1", Running: true, PID: 7, Problem: `unknown element "keys"`}
 
 	b.reconcile([]hypervisor.Domain{bad})
 	all := b.vmStatus()
