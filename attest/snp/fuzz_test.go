@@ -1,0 +1,57 @@
+package snp_test
+
+import (
+	"bytes"
+	"testing"
+
+	"github.com/google/go-sev-guest/abi"
+
+	"keybroker/attest"
+	"keybroker/attest/snp"
+)
+
+// Whatever is sent as evidence, nothing panics, and no verdict passes or calls the report genuine unless its signed octets are
+// a sample's own: nobody but AMD's processors can make others.
+func FuzzEvidence(f *testing.F) {
+	samples := allSamples(f)
+	v := verifier(f)
+	guids := map[string]string{attest.VCEK: abi.VcekGUID, attest.VLEK: abi.VlekGUID}
+	var vlekIssuers []byte
+	for _, s := range samples {
+		f.Add(s.report)
+		f.Add(append(bytes.Clone(s.report), tableOf(item(guids[s.kind], s.key))...))
+		if s.issuers != "" {
+			vlekIssuers = vector(f, s.issuers)
+			f.Add(append(bytes.Clone(s.report), tableOf(item(guids[s.kind], s.key), item(abi.AskGUID, vlekIssuers))...))
+		}
+	}
+	turin := turin(f).request(f) // by a test chain: so the code for Turin is reached
+	f.Add(append(turin.Evidence.Octets, tableOf(item(abi.VcekGUID, turin.Endorsements.Certificates[0]))...))
+	given := map[string]attest.Endorsements{}
+	for _, s := range samples {
+		given[s.name] = s.endorsements(f)
+	}
+	f.Fuzz(func(t *testing.T, octets []byte) {
+		for _, s := range samples {
+			// With what the evidence brings along, and with the certificates that fit: the signature decides.
+			for _, e := range []attest.Endorsements{{}, given[s.name]} {
+				verdict := v.Appraise(snp.Request{
+					Evidence: attest.Evidence{Kind: attest.KindSNP, Octets: octets}, Endorsements: e,
+					ReportData: s.report[0x50:0x90], Policy: s.policy(), At: s.at,
+				})
+				own := false
+				for _, known := range samples {
+					own = own || len(octets) >= signed && bytes.Equal(octets[:signed], known.report[:signed])
+				}
+				if !own && (verdict.Pass() || verdict.All(attest.Genuine())) {
+					t.Errorf("passes: %x", octets[:min(len(octets), signed)])
+				}
+				for _, c := range verdict.Failures() {
+					if c.Name == "internal" {
+						t.Error("panics")
+					}
+				}
+			}
+		}
+	})
+}
