@@ -21,6 +21,9 @@ const (
 	ruleRFC5280 = "RFC 5280"
 )
 
+// NoneGiven is what a claim got about a certificate that is missing.
+const NoneGiven = "none given"
+
 // An appraisal is one call of Appraise under way.
 type appraisal struct {
 	v   *Verifier
@@ -72,7 +75,7 @@ func (a *appraisal) runCertificates() {
 	a.readCRLs()
 	a.findKey()
 	if a.key != nil {
-		a.add(attest.Signature, "certificate-tcb", true, "the TCB that the key is for", a.key.line.layout.String(a.key.tcb), ruleTCB)
+		a.add(attest.Chain, "certificate-tcb", true, "the TCB that the key is for", a.key.line.layout.String(a.key.tcb), ruleKDS)
 	}
 	a.findIssuers()
 	a.validity()
@@ -82,7 +85,7 @@ func (a *appraisal) runCertificates() {
 // readEvidence takes the report and the certificates behind it apart.
 func (a *appraisal) readEvidence() {
 	ev := a.req.Evidence
-	a.add(attest.Form, "kind", ev.Kind == attest.KindSNP, attest.KindSNP, fmt.Sprintf("%.40q", ev.Kind), "default")
+	a.add(attest.Form, "kind", ev.Kind == attest.KindSNP, attest.KindSNP, plain(ev.Kind), "default")
 	raw, table := split(ev.Octets)
 	size := fmt.Sprintf("%d octets", len(ev.Octets))
 	fits := len(raw) == ReportSize && len(ev.Octets) <= MaxEvidence
@@ -197,7 +200,7 @@ func (a *appraisal) findKey() {
 			best, a.key = fit, k
 		}
 	}
-	got := "none given"
+	got := NoneGiven
 	switch {
 	case a.key != nil:
 		got = fmt.Sprintf("%s of %s, %s", a.key.kind, a.key.line.name, a.key.owner())
@@ -313,7 +316,7 @@ func (a *appraisal) findIssuers() {
 	issuer, role := a.key.issuerName(), issuerRole(a.key.kind)
 	c, err := a.v.findChain(a.key, a.certs)
 	if errors.Is(err, errNoIssuer) {
-		a.add(attest.Chain, "issuer", false, fmt.Sprintf("the certificate %s (%s)", issuer, role), "none given", ruleKDS)
+		a.add(attest.Chain, "issuer", false, fmt.Sprintf("the certificate %s (%s)", issuer, role), NoneGiven, ruleKDS)
 		a.unchecked(attest.Chain, "chain", "a chain to a trusted root", "the certificate "+issuer+" is missing")
 		return
 	}

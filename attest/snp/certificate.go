@@ -8,6 +8,7 @@ import (
 	"encoding/asn1"
 	"errors"
 	"fmt"
+	"regexp"
 
 	"github.com/google/go-sev-guest/kds"
 
@@ -180,7 +181,7 @@ func (k *signingKey) chipID() []byte {
 // owner describes whose key it is, for messages.
 func (k *signingKey) owner() string {
 	if k.kind == attest.VLEK {
-		return fmt.Sprintf("provider %q", k.csp)
+		return "provider " + plain(k.csp)
 	}
 	return "chip " + hexOf(k.hwid)
 }
@@ -210,6 +211,15 @@ func stringExtension(c *x509.Certificate, oid asn1.ObjectIdentifier, dst *string
 }
 
 // subject returns how messages name a certificate.
-func subject(c *x509.Certificate) string {
-	return fmt.Sprintf("%.60q", c.Subject.CommonName)
+func subject(c *x509.Certificate) string { return plain(c.Subject.CommonName) }
+
+// plainText is text that messages can show as it is.
+var plainText = regexp.MustCompile(`^[A-Za-z0-9=.-]{1,60}$`)
+
+// plain quotes and shortens what a peer wrote, unless there is nothing odd about it.
+func plain(s string) string {
+	if plainText.MatchString(s) {
+		return s
+	}
+	return fmt.Sprintf("%.60q", s)
 }

@@ -69,7 +69,7 @@ func (a *appraisal) freshness(newest *x509.RevocationList) {
 		got = fmt.Sprintf("issued %s, next %s", stamp(newest.ThisUpdate), stamp(newest.NextUpdate))
 	}
 	if p := a.req.Policy; p == nil || p.CRL == attest.CRLWhenGiven {
-		a.add(attest.Revocation, "crl", true, "revocation lists to be heeded when there are any", got, "default")
+		a.add(attest.Revocation, "crl", true, "none required; each that is given is heeded", got, "default")
 		return
 	}
 	p := a.req.Policy

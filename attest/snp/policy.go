@@ -12,7 +12,7 @@ import (
 func (a *appraisal) policy() {
 	p := a.req.Policy
 	if p == nil {
-		a.unchecked(attest.Appraisal, "policy", "a policy", "none given")
+		a.describe()
 		return
 	}
 	a.complete(p)
@@ -26,6 +26,27 @@ func (a *appraisal) policy() {
 	a.platformFlags(p)
 	a.remaining(p)
 }
+
+// describe tells, without a policy, what one would decide on.
+func (a *appraisal) describe() {
+	r := a.report
+	for _, c := range [][2]string{
+		{"signer", r.signer.SigningKey.String()}, {"product", r.product()}, {"chip-id", orUnknown(r.chip)}, {"vmpl", fmt.Sprint(r.Vmpl)},
+		{"measurement", hexOf(r.Measurement)}, {"id-key", hexOf(r.IdKeyDigest)}, {"author-key", hexOf(r.AuthorKeyDigest)},
+		{"host-data", hexOf(r.HostData)}, {"image-id", hexOf(r.ImageId)}, {"family-id", hexOf(r.FamilyId)}, {"guest-svn", fmt.Sprint(r.GuestSvn)},
+		{"guest-policy", fmt.Sprintf("%#x", r.Policy)}, {"platform", fmt.Sprintf("%#x", r.PlatformInfo)},
+	} {
+		a.unchecked(attest.Appraisal, c[0], noPolicy, c[1])
+	}
+	for _, name := range []string{reportedTCB, committedTCB, launchTCB, currentTCB} {
+		if r.line != nil {
+			a.unchecked(attest.Appraisal, name, noPolicy, r.line.layout.String(r.tcbs[name]))
+		}
+	}
+}
+
+// noPolicy is what is expected of a claim when there is no policy.
+const noPolicy = "no policy given"
 
 // accept records a claim of the policy.
 func (a *appraisal) accept(name string, ok bool, expected, got, rule string) {
@@ -44,7 +65,7 @@ func (a *appraisal) signer(p *attest.Policy) {
 	kind := a.report.signer.SigningKey.String()
 	a.accept("signer", slices.Contains(p.Signers, kind), oneOf(p.Signers), kind, p.RuleOf("signer"))
 	if a.key != nil && a.key.kind == attest.VLEK {
-		a.accept("csp", slices.Contains(p.CSPs, a.key.csp), oneOf(p.CSPs), fmt.Sprintf("%q", a.key.csp), p.RuleOf("csp"))
+		a.accept("csp", slices.Contains(p.CSPs, a.key.csp), oneOf(p.CSPs), plain(a.key.csp), p.RuleOf("csp"))
 	}
 }
 

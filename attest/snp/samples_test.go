@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-sev-guest/kds"
+
 	"keybroker/attest"
 	"keybroker/attest/snp"
 	"keybroker/attest/snp/snptest"
@@ -282,4 +284,31 @@ func authority(t testing.TB, line string) *snptest.Authority {
 		t.Fatal(err)
 	}
 	return a
+}
+
+// Where the key service has the certificates: as AMD's 57230 says it, and for what go-sev-guest knows, as that does.
+func TestKeyServicePaths(t *testing.T) {
+	for name, want := range map[string]string{
+		"milan-v2-a": "", "milan-v3-vlek": "",
+		"zen4c-v5": "/vcek/v1/Genoa/b5f9a4c8280e63c97d288db6648577dc2b848884aa682d7a227ba40e50deb2b0d112b599d87aaccda78d06f4254b1e81c4d953ef3c699db39d4e06013e9fa4ce" +
+			"?blSPL=10&teeSPL=0&snpSPL=27&ucodeSPL=27",
+	} {
+		report := sampleNamed(t, name).report
+		if got := snp.VCEKPath(report); got != want {
+			t.Errorf("%s: %s", name, got)
+		}
+		tcb := kds.TCBVersion(binary.LittleEndian.Uint64(report[0x180:]))
+		if want != "" && "https://kdsintf.amd.com"+want != kds.VCEKCertURL("Genoa", report[0x1a0:0x1e0], tcb) {
+			t.Errorf("%s: the library has %s", name, kds.VCEKCertURL("Genoa", report[0x1a0:0x1e0], tcb))
+		}
+	}
+	if got, want := snp.VCEKPath(turin(t).report), "/vcek/v1/Turin/b5f9a4c8280e63c9?fmcSPL=3&blSPL=1&teeSPL=2&snpSPL=4&ucodeSPL=77"; got != want {
+		t.Error(got)
+	}
+	if got := snp.ChainPath(snp.Milan, attest.VLEK); got != "/vlek/v1/Milan/cert_chain" {
+		t.Error(got)
+	}
+	if snp.VCEKPath(nil) != "" {
+		t.Error("nothing has a path")
+	}
 }
