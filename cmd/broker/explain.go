@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"math"
 	"net/http"
@@ -18,48 +19,70 @@ import (
 
 func escape(s string) string { return url.PathEscape(s) }
 
+// explainFlags are the flags of explain. Those of evidence ask another question than the others.
+type explainFlags struct {
+	who      callerFlags
+	asJSON   bool
+	evidence evidenceFlags
+}
+
 func newExplainCommand(g *globals) *cobra.Command {
-	var who callerFlags
-	var asJSON bool
+	f := &explainFlags{}
 	c := &cobra.Command{
-		Use:   "explain VM|SERVICE",
-		Short: "Say which rule decides about a VM or a service, and why; releases nothing",
+		Use:   "explain VM|SERVICE | explain --evidence FILE",
+		Short: "Say which rule decides about a VM, a service or an SNP report, and why; releases nothing",
 		Long: `Say which rule decides about a virtual machine (by name or UUID) or about a service, and why. Nothing is released.
 A name is that of a VM if one has it, and with --uid, --unit or --via that of a service. These say who would ask and how; without
---uid it is the user that runs this command. Exit status 1 when it would be refused.`,
-		Args:              cobra.ExactArgs(1),
+--uid it is the user that runs this command. Exit status 1 when it would be refused.
+
+` + evidenceHelp,
+		Args: func(c *cobra.Command, args []string) error {
+			if f.evidence.asked() {
+				return cobra.NoArgs(c, args)
+			}
+			return cobra.ExactArgs(1)(c, args)
+		},
 		ValidArgsFunction: g.completeVM,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			query, err := who.query(cmd.Flags().Changed)
+			if f.evidence.asked() {
+				return g.explainEvidence(f.evidence, f.asJSON)
+			}
+			query, err := f.who.query(cmd.Flags().Changed)
 			if err != nil {
 				return usageError{err}
 			}
 			query.Set("of", args[0])
-			var e daemon.Explanation
-			if err := g.ask(cmd.Context(), http.MethodGet, "/v1/explain?"+query.Encode(), &e); err != nil {
-				return err
-			}
-			if asJSON {
-				if err := writeJSON(g.stdout, e); err != nil {
-					return err
-				}
-			} else {
-				for _, line := range e.Lines {
-					fmt.Fprintln(g.stdout, line)
-				}
-			}
-			if !e.Allow {
-				return errSilent
-			}
-			return nil
+			return g.explainPeer(cmd.Context(), query, f.asJSON)
 		},
 	}
-	c.Flags().Int64Var(&who.uid, "uid", 0, "user `ID` of the service that would ask (default: this command's own)")
-	c.Flags().StringVar(&who.unit, "unit", "", "cgroup `PATH` of the service that would ask, such as /system.slice/db.service")
-	c.Flags().StringVar(&who.via, "via", policy.ViaUnix, "the `DOOR` that it would come through: unix or tcp")
+	c.Flags().Int64Var(&f.who.uid, "uid", 0, "user `ID` of the service that would ask (default: this command's own)")
+	c.Flags().StringVar(&f.who.unit, "unit", "", "cgroup `PATH` of the service that would ask, such as /system.slice/db.service")
+	c.Flags().StringVar(&f.who.via, "via", policy.ViaUnix, "the `DOOR` that it would come through: unix or tcp")
 	c.RegisterFlagCompletionFunc("via", cobra.FixedCompletions(doors, cobra.ShellCompDirectiveNoFileComp))
-	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	c.Flags().BoolVar(&f.asJSON, "json", false, "print JSON")
+	f.evidence.add(c)
 	return c
+}
+
+// explainPeer asks the broker about a VM or a service.
+func (g *globals) explainPeer(ctx context.Context, query url.Values, asJSON bool) error {
+	var e daemon.Explanation
+	if err := g.ask(ctx, http.MethodGet, "/v1/explain?"+query.Encode(), &e); err != nil {
+		return err
+	}
+	if asJSON {
+		if err := writeJSON(g.stdout, e); err != nil {
+			return err
+		}
+	} else {
+		for _, line := range e.Lines {
+			fmt.Fprintln(g.stdout, line)
+		}
+	}
+	if !e.Allow {
+		return errSilent
+	}
+	return nil
 }
 
 // callerFlags say who would ask for a service's key.

@@ -83,6 +83,19 @@ type hintedError struct {
 
 func (e hintedError) Unwrap() error { return e.error }
 
+// An exitStatus ends a command with a status of its own when its output has already said why.
+type exitStatus int
+
+func (s exitStatus) Error() string { return fmt.Sprintf("failed with status %d", int(s)) }
+
+// A statusError is an error that ends a command with a status of its own.
+type statusError struct {
+	error
+	status exitStatus
+}
+
+func (e statusError) Unwrap() error { return e.error }
+
 // errSilent ends a command with status 1 when its output has already said why.
 var errSilent = errors.New("failed")
 
@@ -102,11 +115,18 @@ func run(ctx context.Context, g *globals, args []string) int {
 	if err == nil {
 		return exitOK
 	}
+	status := exitStatus(exitFailure)
+	if errors.As(err, &status) {
+		return int(status)
+	}
 	if !errors.Is(err, errSilent) {
 		fmt.Fprintf(g.stderr, "keybroker: error: %v\n", err)
 	}
 	if h := (hintedError{}); errors.As(err, &h) {
 		g.hint("%s", h.hint)
+	}
+	if s := (statusError{}); errors.As(err, &s) {
+		return int(s.status)
 	}
 	if errors.As(err, &usageError{}) {
 		return exitUsage

@@ -1,0 +1,329 @@
+package main
+
+import (
+	"cmp"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"keybroker/attest"
+	"keybroker/attest/snp"
+	"keybroker/internal/policy"
+)
+
+// evidenceHelp is the part of explain's help about evidence.
+const evidenceHelp = `With --evidence, appraise an SEV-SNP attestation report, offline: no broker and no network are asked. The file is a report, or
+one with its table of certificates behind it (as extended reports have it). Further certificates, and revocation lists, come with
+--certs: in DER, in PEM, or as a table (configfs-tsm's auxblob; its outblob is the report). AMD's ARKs and ASKs are built in, ASVKs
+are not. Without --policy only the evidence itself is judged, without --report-data not for which session it was made.
+With --certs alone the certificate of a VCEK or VLEK is judged.
+
+Exit status: 0 when all that was asked for holds, otherwise that of the first part which does not:
+  1  it could not be judged (a file cannot be read)      6  validity: a certificate has expired, or begins later
+  2  the command line is wrong                           7  revocation: revoked, or no revocation list where one is required
+  3  form: malformed, unknown version or processor       8  binding: REPORT_DATA is another session's
+  4  signature: wrong, or another chip's or TCB's        9  policy: it does not accept what the report says
+  5  chain: a certificate is missing, or not AMD's`
+
+// evidenceStatus is the exit status for each part of a verdict; it is documented and stays.
+var evidenceStatus = map[attest.Part]exitStatus{
+	attest.Form: 3, attest.Signature: 4, attest.Chain: 5, attest.Validity: 6, attest.Revocation: 7, attest.Binding: 8, attest.Appraisal: 9,
+}
+
+// evidenceFlags are what explain takes about evidence.
+type evidenceFlags struct {
+	report     string
+	certs      []string
+	reportData string
+	at         string
+}
+
+// add defines the flags.
+func (f *evidenceFlags) add(c *cobra.Command) {
+	c.Flags().StringVar(&f.report, "evidence", "", "`FILE` with an SEV-SNP report; --policy is then the appraisal policy alone")
+	c.Flags().StringArrayVar(&f.certs, "certs", nil, "`FILE` with certificates or revocation lists; may be repeated")
+	c.Flags().StringVar(&f.reportData, "report-data", "", "the REPORT_DATA that the session wants, 128 hexadecimal `DIGITS`")
+	c.Flags().StringVar(&f.at, "at", "", "judge as of this `DATE`, such as 2026-01-31 or 2026-01-31T12:00:00Z (default now)")
+	for _, mine := range []string{"evidence", "certs", "report-data", "at"} {
+		c.MarkFlagsMutuallyExclusive(mine, "uid")
+		c.MarkFlagsMutuallyExclusive(mine, "unit")
+	}
+}
+
+// asked reports whether explain is about evidence.
+func (f *evidenceFlags) asked() bool {
+	return f.report != "" || len(f.certs) > 0 || f.reportData != "" || f.at != ""
+}
+
+// explainEvidence appraises a report, or certificates alone.
+func (g *globals) explainEvidence(f evidenceFlags, asJSON bool) error {
+	r, err := g.evidenceRequest(f)
+	if err != nil {
+		return err
+	}
+	v, err := snp.New(snp.Config{Roots: snp.AMDRoots()})
+	if err != nil {
+		return err
+	}
+	e := evidenceExplanation{At: r.At.UTC()}
+	if f.report == "" {
+		e.judgeCertificates(v.AppraiseCertificates(r.Endorsements, r.At))
+	} else {
+		e.judge(v.Appraise(r), asked(r))
+	}
+	if asJSON {
+		err = writeJSON(g.stdout, e)
+	} else {
+		err = e.print(g.stdout)
+	}
+	if err != nil || e.ExitStatus == 0 {
+		return err
+	}
+	g.hintMissing(r.Evidence.Octets, e.Claims)
+	return e.ExitStatus
+}
+
+// keyService is AMD's key service, for hints: explain asks nobody.
+const keyService = "https://kdsintf.amd.com"
+
+// hintMissing says where a certificate can be had that is missing.
+func (g *globals) hintMissing(evidence []byte, claims []attest.Claim) {
+	for _, c := range claims {
+		switch {
+		case c.Result != attest.Fails || c.Got != snp.NoneGiven:
+		case c.Name == "issuer":
+			for _, line := range []string{snp.Milan, snp.Genoa, snp.Turin} {
+				if strings.Contains(c.Expected, "SEV-VLEK-"+line) {
+					g.hint("%s%s has it; give it with --certs", keyService, snp.ChainPath(line, attest.VLEK))
+				}
+			}
+		case c.Name == "certificate" && len(evidence) >= snp.ReportSize:
+			if path := snp.VCEKPath(evidence[:snp.ReportSize]); path != "" {
+				g.hint("%s%s has it; give it with --certs", keyService, path)
+			}
+		}
+	}
+}
+
+// asked are the parts that the command line wants judged.
+func asked(r snp.Request) []attest.Part {
+	parts := attest.Genuine()
+	if r.ReportData != nil {
+		parts = append(parts, attest.Binding)
+	}
+	if r.Policy != nil {
+		parts = append(parts, attest.Appraisal)
+	}
+	return parts
+}
+
+// evidenceRequest reads what the flags name.
+func (g *globals) evidenceRequest(f evidenceFlags) (snp.Request, error) {
+	r := snp.Request{At: time.Now()}
+	if f.at != "" {
+		at, err := policy.ParseDate(f.at)
+		if err != nil {
+			return r, usageError{fmt.Errorf("--at: %w", err)}
+		}
+		r.At = at
+	}
+	if err := readReportData(f.reportData, &r); err != nil {
+		return r, err
+	}
+	if f.report == "" && (r.ReportData != nil || g.policy != "" || len(f.certs) == 0) {
+		return r, usageError{errors.New("--evidence is missing: without a report there is nothing to judge but --certs")}
+	}
+	if err := readReport(f.report, &r); err != nil {
+		return r, err
+	}
+	for _, name := range f.certs {
+		if err := readEndorsements(name, &r.Endorsements); err != nil {
+			return r, err
+		}
+	}
+	return r, g.readAppraisalPolicy(&r)
+}
+
+func readReportData(digits string, r *snp.Request) error {
+	if digits == "" {
+		return nil
+	}
+	octets, err := hex.DecodeString(digits)
+	if err != nil || len(octets) != snp.ReportDataSize {
+		return usageError{fmt.Errorf("--report-data: expected %d hexadecimal digits, got %d characters", 2*snp.ReportDataSize, len(digits))}
+	}
+	r.ReportData = octets
+	return nil
+}
+
+// readReport reads the evidence, if there is to be any.
+func readReport(name string, r *snp.Request) error {
+	if name == "" {
+		return nil
+	}
+	octets, err := readBounded(name)
+	if err != nil {
+		return err
+	}
+	r.Evidence = attest.Evidence{Kind: attest.KindSNP, Octets: octets}
+	if _, err := snp.ParseFile(octets); err == nil {
+		return hintedError{fmt.Errorf("reading %s: expected a report, got certificates", name), "give certificates with --certs"}
+	}
+	return nil
+}
+
+func readEndorsements(name string, dst *attest.Endorsements) error {
+	octets, err := readBounded(name)
+	if err != nil {
+		return err
+	}
+	more, err := snp.ParseFile(octets)
+	if err != nil {
+		return statusError{fmt.Errorf("reading %s: %w", name, err), evidenceStatus[attest.Form]}
+	}
+	dst.Certificates = append(dst.Certificates, more.Certificates...)
+	dst.CRLs = append(dst.CRLs, more.CRLs...)
+	return nil
+}
+
+// readAppraisalPolicy reads --policy, if it is there, and says where it is weak.
+func (g *globals) readAppraisalPolicy(r *snp.Request) error {
+	if g.policy == "" {
+		return nil
+	}
+	octets, err := readBounded(g.policy)
+	if err != nil {
+		return err
+	}
+	if r.Policy, err = policy.ParseSNP(filepath.Base(g.policy), octets); err != nil {
+		return err
+	}
+	for _, w := range r.Policy.Warnings() {
+		g.warn("%s", w)
+	}
+	return nil
+}
+
+// maxInput is how many octets a file given to explain may have.
+const maxInput = 1 << 20
+
+func readBounded(name string) ([]byte, error) {
+	file, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	octets, err := io.ReadAll(io.LimitReader(file, maxInput+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(octets) > maxInput {
+		return nil, fmt.Errorf("reading %s: expected at most %d octets, got more", name, maxInput)
+	}
+	return octets, nil
+}
+
+// evidenceExplanation is what explain says of evidence; it is also the JSON.
+type evidenceExplanation struct {
+	Verdict    string                        `json:"verdict"` // accepted, genuine or refused
+	Pass       bool                          `json:"pass"`    // every part holds: a broker would release
+	ExitStatus exitStatus                    `json:"exit_status"`
+	At         time.Time                     `json:"at"`
+	Parts      map[attest.Part]attest.Result `json:"parts"`
+	Claims     []attest.Claim                `json:"claims"`
+	remark     string
+}
+
+// judge fills in what a verdict on a report says about these parts.
+func (e *evidenceExplanation) judge(v *attest.Verdict, parts []attest.Part) {
+	e.fill(v, parts)
+	var unasked []string
+	if !slices.Contains(parts, attest.Binding) {
+		unasked = append(unasked, "binding (--report-data)")
+	}
+	if !slices.Contains(parts, attest.Appraisal) {
+		unasked = append(unasked, "policy (--policy)")
+	}
+	if len(unasked) > 0 {
+		e.remark = "; not checked: " + strings.Join(unasked, ", ")
+	}
+}
+
+// judgeCertificates does so with a verdict on certificates alone. Their form has claims only where it fails.
+func (e *evidenceExplanation) judgeCertificates(v *attest.Verdict) {
+	parts := []attest.Part{attest.Chain, attest.Validity, attest.Revocation}
+	if v.Of(attest.Form) == attest.Fails {
+		parts = append(parts, attest.Form)
+	}
+	e.fill(v, parts)
+	e.remark = "; certificates alone, no report"
+}
+
+func (e *evidenceExplanation) fill(v *attest.Verdict, parts []attest.Part) {
+	e.Pass, e.Claims = v.Pass(), v.Claims()
+	e.Parts = map[attest.Part]attest.Result{}
+	for _, p := range attest.Parts() {
+		e.Parts[p] = v.Of(p)
+	}
+	e.Verdict, e.ExitStatus = "accepted", firstStatus(v, parts)
+	switch {
+	case e.ExitStatus != 0:
+		e.Verdict = "refused"
+	case !slices.Contains(parts, attest.Appraisal):
+		e.Verdict = "genuine"
+	}
+}
+
+// firstStatus returns the status of the first part that fails; of the first that could not be checked if none fails; 0 if all
+// of these parts hold.
+func firstStatus(v *attest.Verdict, parts []attest.Part) exitStatus {
+	for _, wrong := range []attest.Result{attest.Fails, attest.Unchecked} {
+		for _, p := range attest.Parts() {
+			if slices.Contains(parts, p) && v.Of(p) == wrong {
+				return evidenceStatus[p]
+			}
+		}
+	}
+	return 0
+}
+
+// long finds hexadecimal that is too long for a table.
+var long = regexp.MustCompile(`[0-9a-f]{41,}`)
+
+// short shortens what is too long for a table. JSON has it whole, and so has the line of a claim that fails.
+func short(s string) string {
+	s = long.ReplaceAllStringFunc(s, func(digits string) string { return digits[:16] + "..." + digits[len(digits)-8:] })
+	if runes := []rune(s); len(runes) > 90 {
+		s = string(runes[:87]) + "..."
+	}
+	return s
+}
+
+// print writes the table, what fails, and the verdict.
+func (e *evidenceExplanation) print(w io.Writer) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "RESULT\tPART\tCLAIM\tEXPECTED\tGOT\tRULE")
+	for _, c := range e.Claims {
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\n", c.Result, c.Part, c.Name, short(c.Expected), short(c.Got), cmp.Or(c.Rule, "-"))
+	}
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	for _, c := range e.Claims {
+		if c.Result == attest.Fails {
+			fmt.Fprintf(w, "refused, %s: %s: expected %s, got %s (%s)\n", c.Part, c.Name, c.Expected, c.Got, c.Rule)
+		}
+	}
+	_, err := fmt.Fprintf(w, "verdict: %s%s\n", e.Verdict, e.remark)
+	return err
+}
