@@ -1,8 +1,12 @@
 package snp
 
 import (
+	"crypto/rsa"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/binary"
+	"math/big"
+	"strings"
 	"testing"
 
 	"keybroker/attest"
@@ -51,5 +55,26 @@ func TestGoodChainsAreBounded(t *testing.T) {
 	g.add(id(maxGood + 99))
 	if len(g.ids) > n {
 		t.Error("the same chain twice")
+	}
+}
+
+// Nobody makes us verify a signature with a key that is larger than any of AMD's, or of another kind.
+func TestUsableIssuer(t *testing.T) {
+	root := AMDRoots()[0]
+	large := *root.Intermediates[0]
+	large.PublicKey = &rsa.PublicKey{N: new(big.Int).Lsh(big.NewInt(1), maxRSA), E: 65537}
+	if !usableIssuer(root.ARK) || usableIssuer(&large) || usableIssuer(&x509.Certificate{}) {
+		t.Error("a key is usable that is not, or the other way round")
+	}
+	v, err := New(Config{Roots: AMDRoots()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := v.verify(chain{root.Intermediates[0], &large, root.ARK}); err == nil || !strings.Contains(err.Error(), "at most 4096 bits") {
+		t.Errorf("%v", err)
+	}
+	root.ARK = &large
+	if root.check() == nil {
+		t.Error("a root with such a key is taken")
 	}
 }
