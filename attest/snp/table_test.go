@@ -102,6 +102,7 @@ func TestParseFile(t *testing.T) {
 	}{
 		"DER": {der, 1, 0}, "PEM": {vector(t, "genoa.ask-ark-asvk.pem"), 3, 0}, "table": {tableOf(item(abi.VcekGUID, der)), 1, 0},
 		"CRL": {crl, 0, 1}, "CRL in PEM": {pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: crl}), 0, 1},
+		"empty": {nil, 0, 0}, "empty table": {make([]byte, 4096), 0, 0}, "table of others": {tableOf(item("ecae0c0f-9502-43b1-afa2-0ae2e0d565b6", []byte("x"))), 0, 0},
 		"table with CRL": {tableOf(item("92f81bc3-5811-4d3d-97ff-d19f88dc67ea", crl)), 0, 1},
 	} {
 		e, err := snp.ParseFile(c.data)
@@ -110,7 +111,7 @@ func TestParseFile(t *testing.T) {
 		}
 	}
 	for name, data := range map[string][]byte{
-		"empty": nil, "text": []byte("hello"), "zeros": make([]byte, 24), "a report": vector(t, "zen4c-v5.report.bin"),
+		"text": []byte("hello"), "a report": vector(t, "zen4c-v5.report.bin"),
 		"a key": []byte("-----BEGIN EC PRIVATE KEY-----\nAAAA\n-----END EC PRIVATE KEY-----\n"), "half": der[:500],
 		"empty PEM": []byte("-----BEGIN CERTIFICATE-----\n"),
 	} {

@@ -176,7 +176,7 @@ func readReport(name string, r *snp.Request) error {
 		return err
 	}
 	r.Evidence = attest.Evidence{Kind: attest.KindSNP, Octets: octets}
-	if _, err := snp.ParseFile(octets); err == nil {
+	if e, err := snp.ParseFile(octets); err == nil && len(e.Certificates)+len(e.CRLs) > 0 {
 		return hintedError{fmt.Errorf("reading %s: expected a report, got certificates", name), "give certificates with --certs"}
 	}
 	return nil

@@ -136,6 +136,16 @@ func checkJSON(t *testing.T, out string, status int, claim string) {
 	}
 }
 
+// vcekTable is a table as a hypervisor hands it to a guest, with one certificate.
+func vcekTable(t *testing.T) []byte {
+	der := readSample(t, "zen4c-v5.vcek.der")
+	head := make([]byte, 48)
+	copy(head, "\x63\xda\x75\x8d\xe6\x64\x45\x64\xad\xc5\xf4\xb9\x3b\xe8\xac\xcd") // VCEK
+	binary.LittleEndian.PutUint32(head[16:], uint32(len(head)))
+	binary.LittleEndian.PutUint32(head[20:], uint32(len(der)))
+	return append(head, der...)
+}
+
 // Each class of failure has its own exit status, and the first of several decides.
 func TestExplainEvidenceStatuses(t *testing.T) {
 	report, cert := readSample(t, "zen4c-v5.report.bin"), filepath.Join(samples, "zen4c-v5.vcek.der")
@@ -177,6 +187,9 @@ func TestExplainEvidenceStatuses(t *testing.T) {
 		"signature":               {4, []string{"--evidence", changed(0x90), "--certs", cert}},
 		"other chip":              {4, []string{"--evidence", filepath.Join(samples, "milan-v2-a.report.bin"), "--certs", filepath.Join(samples, "milan-v2-b.vcek.der")}},
 		"no certificate":          {5, []string{"--evidence", good}},
+		"empty auxblob":           {5, []string{"--evidence", good, "--certs", writeFile(t, "auxblob", nil)}},
+		"auxblob":                 {0, []string{"--evidence", good, "--certs", writeFile(t, "auxblob", vcekTable(t))}},
+		"extended report":         {0, []string{"--evidence", writeFile(t, "extended", slices.Concat(report, vcekTable(t)))}},
 		"expired":                 {6, []string{"--evidence", good, "--certs", cert, "--at", "2040-01-01"}},
 		"no CRL":                  {7, []string{"--evidence", good, "--certs", cert, "--policy", required}},
 		"other REPORT_DATA":       {8, []string{"--evidence", good, "--certs", cert, "--report-data", strings.Repeat("00", 64)}},
@@ -198,7 +211,7 @@ func TestExplainEvidenceStatuses(t *testing.T) {
 			if refused := strings.Contains(out, "verdict: refused"); refused != (status > 3 || status == 3 && stderr == "") {
 				t.Errorf("status %d\n%s%s", status, out, stderr)
 			}
-			if hint := strings.Contains(stderr, "blSPL=10&teeSPL=0&snpSPL=27&ucodeSPL=27 has it"); hint != (name == "no certificate") {
+			if hint := strings.Contains(stderr, "blSPL=10&teeSPL=0&snpSPL=27&ucodeSPL=27 has it"); hint != (name == "no certificate" || name == "empty auxblob") {
 				t.Errorf("hint %v: %s", hint, stderr)
 			}
 			if name == "Turin's certificate" && !strings.Contains(out, "fmc 0, bootloader 0, tee 0, snp 0, microcode 9") {
