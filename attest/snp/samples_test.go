@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"crypto/x509"
 	"encoding/binary"
+	"errors"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -136,9 +138,51 @@ func failing(v *attest.Verdict) []string {
 	return out
 }
 
+// documented is the table of claims in docs/attestation.md: the names of each part.
+var documented = sync.OnceValue(func() map[attest.Part]map[string]bool {
+	page, err := os.ReadFile("../../docs/attestation.md")
+	if err != nil {
+		panic(err)
+	}
+	_, table, _ := strings.Cut(string(page), "| part | claims |\n|---|---|\n")
+	out := map[attest.Part]map[string]bool{}
+	for line := range strings.Lines(table) {
+		words := strings.Split(line, "`")
+		if len(words) < 4 {
+			break
+		}
+		names := map[string]bool{}
+		for i := 3; i < len(words); i += 2 {
+			names[words[i]] = true
+		}
+		out[attest.Part(words[1])] = names
+	}
+	return out
+})
+
+// generic are names of claims that end in that of a part, a flag or a key.
+var generic = map[string]string{
+	"reported-tcb": "PART", "committed-tcb": "PART", "launch-tcb": "PART", "guest-policy": "NAME", "platform": "NAME", "policy": "KEY",
+}
+
+// wantDocumented holds that all claims of a verdict are in the page, in their part.
+func wantDocumented(t *testing.T, v *attest.Verdict) {
+	t.Helper()
+	for _, c := range v.Claims() {
+		name := c.Name
+		if first, _, _ := strings.Cut(name, "."); generic[first] != "" && first != name {
+			name = first + "." + generic[first]
+		}
+		if c.Rule != "" && !documented()[c.Part][name] { // what has no rule was only told
+			t.Errorf("docs/attestation.md does not have %s in %s", name, c.Part)
+		}
+	}
+}
+
 // wantFailures holds that a verdict refuses for these claims and no other.
 func wantFailures(t *testing.T, v *attest.Verdict, names ...string) {
 	t.Helper()
+	wantDocumented(t, v)
 	got := failing(v)
 	if !slices.Equal(got, names) || v.Pass() != (len(names) == 0) {
 		t.Errorf("pass %v, failing %q, expected %q", v.Pass(), got, names)
@@ -185,6 +229,28 @@ func sampleNamed(t testing.TB, name string) sample {
 	}
 	t.Fatalf("no sample %s", name)
 	return sample{}
+}
+
+// brokenNetwork is one that nothing may use.
+type brokenNetwork struct{ t *testing.T }
+
+func (n brokenNetwork) RoundTrip(r *http.Request) (*http.Response, error) {
+	n.t.Errorf("a request for %s", r.URL)
+	return nil, errors.New("no network")
+}
+
+// Nothing is asked of the network, also when certificates are missing, which the library would fetch.
+func TestNoNetwork(t *testing.T) {
+	old := http.DefaultTransport
+	http.DefaultTransport = brokenNetwork{t}
+	defer func() { http.DefaultTransport = old }()
+	for _, s := range allSamples(t) {
+		r := s.request(t)
+		for n := range r.Endorsements.Certificates {
+			r.Endorsements.Certificates = r.Endorsements.Certificates[:n]
+			verifier(t).Appraise(r)
+		}
+	}
 }
 
 // By the clock of today the VLEK has expired; without its ASVK the missing certificate is named.
