@@ -223,6 +223,8 @@ func (p *Policy) Warnings() []string {
 	add(p.Guest.AllowMigrationAgent, "allow_migration_agent", "a migration agent can hand on the memory of such a guest")
 	add(p.CRL == CRLWhenGiven, "crl", "without a revocation list nothing is known to be revoked")
 	add(p.Measurements == nil, "id_key", "whoever has one of these keys decides what the guest runs")
+	unsigned := p.IDKeys == nil && p.AuthorKeys == nil && (p.ImageIDs != nil || p.FamilyIDs != nil || p.MinGuestSVN > 0)
+	add(unsigned, "image_id", "IMAGE_ID, FAMILY_ID and GUEST_SVN are in the ID block, which without id_key or author_key anybody may sign")
 	add(p.AllowMaskedChip && slices.Contains(p.Signers, VLEK), "masked_chip_id", "under a VLEK such a report does not say which chip made it")
 	for _, product := range p.Products {
 		zero := TCB{}
