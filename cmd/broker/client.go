@@ -97,9 +97,9 @@ func unreachable(at string, err error) error {
 	var timeout net.Error
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ECONNREFUSED), hungUp(err):
-		hint := "`systemctl start keybroker`, or name the broker's --state-dir"
+		hint := "`systemctl start keybroker` starts it; --state-dir names another broker"
 		if !strings.Contains(at, "/") {
-			hint = "`systemctl start keybroker`; listen in broker.toml says at which addresses it is"
+			hint = "`systemctl start keybroker` starts it; listen in broker.toml says at which addresses it is"
 		}
 		return hintedError{fmt.Errorf("no broker serves %s", at), hint}
 	case errors.Is(err, fs.ErrPermission):

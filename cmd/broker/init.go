@@ -258,15 +258,7 @@ func (g *globals) reportRealm(realm *seal.Opened, master []byte) error {
 	}
 	if !portable {
 		g.warn("this realm dies with this mainboard's TPM: nothing else opens it, and its keys cannot be made again")
-		g.hint("`keybroker %sslot add passphrase` adds a slot that opens anywhere", g.stateDirFlag())
+		g.hint("`keybroker slot add passphrase` adds a slot that opens anywhere")
 	}
 	return nil
-}
-
-// stateDirFlag repeats --state-dir in a command that is suggested.
-func (g *globals) stateDirFlag() string {
-	if g.stateDir == "" {
-		return ""
-	}
-	return "--state-dir " + g.stateDir + " "
 }

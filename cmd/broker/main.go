@@ -9,7 +9,9 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"strings"
 	"time"
+	"unicode"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -69,7 +71,38 @@ func (g *globals) warn(format string, args ...any) {
 }
 
 func (g *globals) hint(format string, args ...any) {
-	fmt.Fprintf(g.stderr, "keybroker: hint: "+format+"\n", args...)
+	fmt.Fprintf(g.stderr, "keybroker: hint: %s\n", g.here(fmt.Sprintf(format, args...)))
+}
+
+// stopBroker ends the system's own broker for as long as somebody wants it to: each socket that is left would start it again.
+const stopBroker = "`systemctl stop keybroker.service keybroker.socket keybroker-hook.socket keybroker-admin.socket keybroker-unlock.socket`"
+
+// here makes the commands in an advice those for the broker of --state-dir, of which systemd knows nothing.
+func (g *globals) here(advice string) string {
+	flag := g.stateDirFlag()
+	if flag == "" {
+		return advice
+	}
+	return strings.NewReplacer(
+		"`keybroker "+flag, "`keybroker "+flag,
+		"`keybroker ", "`keybroker "+flag,
+		"`systemctl start keybroker`", "`keybroker "+flag+"serve`",
+		"`journalctl -u keybroker`", "what its `keybroker serve` writes",
+		stopBroker, "end its `keybroker serve`",
+	).Replace(advice)
+}
+
+// stateDirFlag is what names this broker in commands: "--state-dir X ", or nothing for the system's own.
+func (g *globals) stateDirFlag() string {
+	switch {
+	case g.stateDir == "":
+		return ""
+	case strings.ContainsFunc(g.stateDir, func(c rune) bool {
+		return !unicode.IsLetter(c) && !unicode.IsDigit(c) && !strings.ContainsRune("/._-+=@:,~%", c)
+	}):
+		return "--state-dir '" + strings.ReplaceAll(g.stateDir, "'", `'\''`) + "' "
+	}
+	return "--state-dir " + g.stateDir + " "
 }
 
 // usageError marks a mistake in the command line; it exits with status 2.
@@ -120,7 +153,7 @@ func run(ctx context.Context, g *globals, args []string) int {
 		return int(status)
 	}
 	if !errors.Is(err, errSilent) {
-		fmt.Fprintf(g.stderr, "keybroker: error: %v\n", err)
+		fmt.Fprintf(g.stderr, "keybroker: error: %s\n", g.here(err.Error()))
 	}
 	if h := (hintedError{}); errors.As(err, &h) {
 		g.hint("%s", h.hint)
@@ -137,6 +170,7 @@ func run(ctx context.Context, g *globals, args []string) int {
 func newRootCommand(g *globals) *cobra.Command {
 	root := &cobra.Command{
 		Use:           "keybroker",
+		Version:       version(),
 		Short:         "Give every service and virtual machine on this host its own encryption key, and nobody else's",
 		SilenceErrors: true,
 		SilenceUsage:  true,
@@ -148,6 +182,7 @@ func newRootCommand(g *globals) *cobra.Command {
 		},
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
+	root.SetVersionTemplate(versionLine())
 	root.SetIn(g.stdin)
 	root.SetOut(g.stdout)
 	root.SetErr(g.stderr)
@@ -180,10 +215,18 @@ func strict(c *cobra.Command) {
 		check = cobra.ArbitraryArgs
 	}
 	c.Args = func(c *cobra.Command, args []string) error {
-		if err := cmp.Or(check(c, args), c.ValidateRequiredFlags(), c.ValidateFlagGroups()); err != nil {
-			return usageError{fmt.Errorf("%w; see `%s --help`", err, c.CommandPath())}
+		err := check(c, args)
+		if err != nil && !errors.As(err, &usageError{}) && c.Runnable() && !c.HasSubCommands() {
+			err = fmt.Errorf("expected %q, got %s", strings.TrimSuffix(c.CommandPath(), c.Name())+c.Use, several(len(args), "argument"))
 		}
-		return nil
+		if f := c.Flags().Lookup("state-dir"); err == nil && f != nil && f.Changed && f.Value.String() == "" {
+			err = errors.New("--state-dir: expected the name of a folder, got nothing")
+		}
+		err = cmp.Or(err, c.ValidateRequiredFlags(), c.ValidateFlagGroups())
+		if err == nil || errors.As(err, &usageError{}) {
+			return err
+		}
+		return usageError{fmt.Errorf("%w; see `%s --help`", err, c.CommandPath())}
 	}
 	for _, sub := range c.Commands() {
 		strict(sub)
@@ -192,9 +235,10 @@ func strict(c *cobra.Command) {
 
 // helpTopic wants the words after help to be a command.
 func helpTopic(c *cobra.Command, args []string) error {
-	found, _, err := c.Root().Find(args)
-	if err == nil && found == c.Root() && len(args) > 0 {
-		err = fmt.Errorf("unknown command %q", args[0])
+	found, rest, err := c.Root().Find(args)
+	if err == nil && len(rest) == 0 {
+		return nil
 	}
-	return err
+	return usageError{fmt.Errorf("there is no command %q; `%s` lists those that there are", strings.Join(append(strings.Fields(found.CommandPath()), rest...)[1:], " "),
+		strings.Replace(found.CommandPath(), "keybroker", "keybroker help", 1))}
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"runtime"
 	"runtime/debug"
 
@@ -27,13 +28,17 @@ func version() string {
 	return "devel"
 }
 
+func versionLine() string {
+	return fmt.Sprintf("keybroker %s, %s, protocol v1\n", version(), runtime.Version())
+}
+
 func newVersionCommand(g *globals) *cobra.Command {
 	return &cobra.Command{
 		Use:   "version",
 		Short: "Print the version",
 		Args:  cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			_, err := fmt.Fprintf(g.stdout, "keybroker %s, %s, protocol v1\n", version(), runtime.Version())
+			_, err := io.WriteString(g.stdout, versionLine())
 			return err
 		},
 	}
