@@ -171,9 +171,6 @@ var without = map[string]string{"audit reset": "--reason", "init": "--slot"}
 
 func checkSuggested(line string, whole bool) error {
 	line, _, _ = strings.Cut(line, " && ")
-	if line == "realm rekey" { // said to be planned, wherever it is named
-		return nil
-	}
 	words := strings.Fields(line)
 	c, rest, err := newRootCommand(&globals{}).Find(words)
 	if err != nil || !c.HasParent() || c.HasSubCommands() && len(rest) > 0 && rest[0] != strings.ToUpper(rest[0]) {

@@ -132,10 +132,17 @@ func checkRealm(path string) finding {
 		f.got, f.mend = err.Error(), "run doctor as root"
 	case info.Mode().Perm()&0o077 != 0:
 		f.got, f.mend = fmt.Sprintf("%s has mode %04o", path, info.Mode().Perm()), "chmod 600 "+path
+	case withoutSlots(path):
+		f.got, f.mend = path+" has no keyslot: nothing opens it, once the broker stops", "restore realm.json from a copy, or `keybroker init --import FILE` with the same master"
 	default:
 		f.ok = true
 	}
 	return f
+}
+
+func withoutSlots(realm string) bool {
+	file, err := seal.Load(realm)
+	return err == nil && len(file.Slots()) == 0
 }
 
 // libvirtPrograms are the daemons that serve libvirt's sockets.

@@ -223,7 +223,9 @@ This is no revocation: a copy of realm.json from before still opens by the remov
 }
 
 func (g *globals) removeSlot(ctx context.Context, id seal.SlotID, f *openFlags, force bool) error {
+	left := 0
 	err := g.changeRealm(ctx, f.access(g), func(file *seal.File, c seal.OpenConfig) (*seal.Opened, error) {
+		left = len(file.Slots()) - 1
 		if !hasSlot(file, id) {
 			return nil, fmt.Errorf("removing slot %s: %w", id, seal.ErrSlotNotFound)
 		}
@@ -251,7 +253,11 @@ func (g *globals) removeSlot(ctx context.Context, id seal.SlotID, f *openFlags, 
 	}
 	fmt.Fprintf(g.stdout, "removed slot %s\n", id)
 	g.warn("this is no revocation: a copy of realm.json from before still opens by slot %s", id)
-	g.hint("only a new master ends what such a copy opens; `keybroker realm rekey` will make one (planned for a later release)")
+	g.hint("only a new realm, with other keys, ends what such a copy opens")
+	if left == 0 {
+		g.warn("NO KEYSLOT IS LEFT: once the broker stops, or `keybroker lock` closes the realm, nothing opens it again, and no slot can be added")
+		g.hint("keep the broker running and restore realm.json from a copy, or use the master that you have: `keybroker init --import FILE`; `keybroker slot add` needs a slot that opens")
+	}
 	return nil
 }
 

@@ -278,6 +278,9 @@ func (b *Broker) warnings(s Status) []string {
 	if s.Realm.State == realmOpen && len(s.Realm.Slots) == 1 && s.Realm.Slots[0].Kind == "tpm2" {
 		w = append(w, "the realm has one slot, bound to this machine's TPM: `keybroker slot add passphrase`, or it dies with this mainboard")
 	}
+	if s.Realm.Trouble == "" && len(s.Realm.Slots) == 0 {
+		w = append(w, "the realm has NO KEYSLOT: once it is closed nothing opens it again; restore realm.json from a copy")
+	}
 	if s.Realm.Trouble != "" {
 		w = append(w, "the realm file: "+s.Realm.Trouble)
 	}
