@@ -10,7 +10,6 @@ import (
 	"testing"
 
 	"github.com/google/go-sev-guest/abi"
-	"github.com/google/uuid"
 
 	"keybroker/attest"
 	"keybroker/attest/snp"
@@ -22,7 +21,11 @@ func tableOf(entries ...abi.CertTableEntry) []byte {
 }
 
 func item(guid string, blob []byte) abi.CertTableEntry {
-	return abi.CertTableEntry{GUID: uuid.MustParse(guid), RawCert: blob}
+	e := abi.CertTableEntry{RawCert: blob}
+	if err := e.GUID.UnmarshalText([]byte(guid)); err != nil {
+		panic(err)
+	}
+	return e
 }
 
 // The certificates behind a report are used: also padded to a page, also in PEM, also the ASVK, which has the ASK's place.
