@@ -324,8 +324,11 @@ func (x *guest) status() VMStatus {
 		return v
 	}
 	v.Ticket, v.Presumed, v.Releases, v.LastRelease, v.Denied = r.Ticket.String(), r.Ticket.Presumed, r.Releases, r.LastRelease, r.Denied
-	if v.State == VMReleased {
+	switch {
+	case v.State == VMReleased:
 		v.Sinks = append(v.Sinks, r.Sinks...)
+	case v.Why == "" && r.Ticket.Presumed && r.Ticket.FormerAcked:
+		v.Why = "had its keys before the broker or libvirt was away; it may ask once more if it booted since"
 	}
 	if entries := x.b.policy().Find(v.UUID); len(entries) == 1 && entries[0].Subject != v.UUID {
 		v.Subject = entries[0].Subject
