@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -81,10 +83,19 @@ func (g *globals) verifyAudit(f verifyFlags) error {
 	}
 	printReport(g.stdout, dir, stored, f.identities, report)
 	if !report.OK() {
-		return hintedError{fmt.Errorf("%w in %s", audit.ErrBroken, several(len(report.Breaks)+report.MoreBreaks, "place")),
-			"keep a copy of the folder; `keybroker audit reset --reason TEXT` sets the log aside and begins a new one"}
+		return brokenHint(report)
 	}
 	return nil
+}
+
+// brokenHint says what to do about a broken log, or about a head that it does not have.
+func brokenHint(r *audit.Report) error {
+	if r.MoreBreaks == 0 && !slices.ContainsFunc(r.Breaks, func(b audit.Break) bool { return !b.Noted }) {
+		return hintedError{errors.New("the audit log does not have each head that was given"),
+			"the log agrees with itself: look whether the head is whole, and of this log; if it is, the log was cut or made anew, so keep a copy of the folder and look who was on this host"}
+	}
+	return hintedError{fmt.Errorf("%w in %s", audit.ErrBroken, several(len(r.Breaks)+r.MoreBreaks, "place")),
+		"keep a copy of the folder; `keybroker audit reset --reason TEXT` sets the log aside and begins a new one"}
 }
 
 func (f *verifyFlags) options() (opts audit.VerifyOptions, err error) {
@@ -118,7 +129,7 @@ func addStoredHead(p config.Paths, opts *audit.VerifyOptions) string {
 	case h.Seq == 0:
 		return "none in the store"
 	}
-	opts.Heads = append(opts.Heads, h)
+	opts.Heads, opts.Stored = append(opts.Heads, h), h
 	return h.String()
 }
 
@@ -184,7 +195,7 @@ func auditHint(err error) error {
 	case errors.Is(err, fs.ErrNotExist):
 		return hintedError{err, "no broker has run here; --dir and --state-dir name another place"}
 	case errors.Is(err, audit.ErrHeld), errors.Is(err, store.ErrHeld):
-		return hintedError{err, "`systemctl stop keybroker` first"}
+		return hintedError{err, stopBroker + " first"}
 	}
 	return err
 }
@@ -213,12 +224,16 @@ log, octet by octet. A time is RFC 3339 (2026-11-21T12:00:00Z), a date in UTC (2
 	c.Flags().StringVar(&f.since, "since", "", "from this `TIME` on")
 	c.Flags().StringVar(&f.until, "until", "", "before this `TIME`")
 	c.Flags().StringVar(&f.filter.Subject, "subject", "", "this service, or VM's `UUID`")
-	c.Flags().StringVar(&f.filter.Tier, "tier", "", "this `TIER`")
-	c.Flags().StringVar(&f.event, "event", "", "this `EVENT`: release, refusal, ack, ticket, start, stop, ...")
+	c.Flags().StringVar(&f.filter.Tier, "tier", "", "this `TIER`: "+strings.Join(tiers, ", "))
+	c.Flags().StringVar(&f.event, "event", "", "this `EVENT`: "+strings.Join(eventNames(), ", "))
+	c.Flags().StringVar(&f.filter.Decision, "decision", "", "this `DECISION`: "+strings.Join(decisions, ", "))
 	c.Flags().StringVar(&f.filter.Code, "code", "", "refusals with this `CODE`")
 	c.Flags().IntVar(&f.filter.Limit, "limit", tableRows, "the newest `N` of them; 0 is all (default with --json)")
 	c.Flags().StringVar(&f.dir, "dir", "", "the log's folder, or a copy of it (default: this broker's `DIR`)")
 	c.Flags().BoolVar(&f.json, "json", false, "print the log's lines")
+	for flag, words := range map[string][]string{"tier": tiers, "event": eventNames(), "decision": decisions} {
+		c.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(words, cobra.ShellCompDirectiveNoFileComp))
+	}
 	return c
 }
 
@@ -232,6 +247,9 @@ func (g *globals) queryAudit(f queryFlags, limited bool) (err error) {
 	}
 	if f.filter.Limit < 0 || f.filter.Limit > audit.MaxLimit {
 		return usageError{fmt.Errorf("--limit: expected 0 to %d, got %d", audit.MaxLimit, f.filter.Limit)}
+	}
+	if err := f.checkWords(); err != nil {
+		return usageError{err}
 	}
 	f.filter.Event = audit.Event(f.event)
 	if f.json && !limited {
@@ -252,6 +270,42 @@ func (g *globals) queryAudit(f queryFlags, limited bool) (err error) {
 	}
 	t := recordTable{out: tabwriter.NewWriter(g.stdout, 0, 0, 2, ' ', 0)}
 	return auditHint(errors.Join(audit.Query(f.dir, f.filter, t.row), t.out.Flush()))
+}
+
+// codeForm is that of all codes of refusals; which there are grows with releases.
+var codeForm = regexp.MustCompile(`^[a-z]+(-[a-z]+)*$`)
+
+// checkWords refuses words that no record ever has.
+func (f *queryFlags) checkWords() error {
+	for _, c := range []struct {
+		flag, word string
+		known      []string
+	}{
+		{"--event", f.event, eventNames()},
+		{"--tier", f.filter.Tier, tiers},
+		{"--decision", f.filter.Decision, decisions},
+	} {
+		if c.word != "" && !slices.Contains(c.known, c.word) {
+			return fmt.Errorf("%s: expected one of %s, got %q", c.flag, strings.Join(c.known, ", "), c.word)
+		}
+	}
+	if f.filter.Code != "" && !codeForm.MatchString(f.filter.Code) {
+		return fmt.Errorf("--code: expected the code of a refusal such as no-policy, got %q", f.filter.Code)
+	}
+	return nil
+}
+
+// tiers and decisions are the words that records have there.
+var (
+	tiers     = []string{"service", inject.TierVM, "container", "snp", "user"} // the last three in refusals alone
+	decisions = []string{audit.Granted, audit.Refused}
+)
+
+func eventNames() (names []string) {
+	for _, e := range audit.Events() {
+		names = append(names, string(e))
+	}
+	return names
 }
 
 // parseTime reads a point in time; nothing is the zero time.
@@ -364,10 +418,17 @@ func (g *globals) resetAudit(ctx context.Context, reason string) error {
 	if err := s.Update(func(tx store.Tx) error { return tx.Delete(audit.HeadBucket, audit.HeadKey) }); err != nil {
 		return err
 	}
-	what := fmt.Sprintf("%s; set aside in %q: %s, broken in %s, stored head %s", reason, aside, several(report.Records, "record"),
-		several(len(report.Breaks)+report.MoreBreaks, "place"), head)
+	what := fmt.Sprintf("%s; the log before was gone, stored head %s", reason, head)
+	if aside != "" {
+		what = fmt.Sprintf("%s; set aside in %q: %s, broken in %s, stored head %s", reason, aside, several(report.Records, "record"),
+			several(len(report.Breaks)+report.MoreBreaks, "place"), head)
+	}
 	if err := beginAudit(ctx, s, p, file.RealmID().String(), what); err != nil {
 		return err
+	}
+	if aside == "" {
+		g.warn("the audit log was reset; of the one before nothing was left")
+		return nil
 	}
 	g.warn("the audit log was reset; the one before is in %s", aside)
 	return nil
@@ -378,7 +439,7 @@ func examineAudit(s *store.Store, dir string) (audit.Head, *audit.Report, error)
 	var opts audit.VerifyOptions
 	head, err := daemon.LoadHead(s)
 	if err == nil && head.Seq > 0 {
-		opts.Heads = []audit.Head{head}
+		opts.Heads, opts.Stored = []audit.Head{head}, head
 	}
 	report, err := audit.Verify(dir, opts)
 	if errors.Is(err, fs.ErrNotExist) && head.Seq > 0 { // the folder is gone: all of it is cut off

@@ -125,6 +125,13 @@ func TestAuditVerify(t *testing.T) {
 			t.Errorf("%q: status %d, %s", args, status, errs)
 		}
 	}
+	// A head that this log does not have is the head's fault or a reason to look; no reset mends that.
+	for _, head := range []string{fmt.Sprintf("%d:%064d", s.head.Seq, 1), fmt.Sprintf("%d:%064d", s.head.Seq+1000, 1)} {
+		out, errs, status := s.keybroker(t, "audit", "verify", "--head", head)
+		if status != exitFailure || strings.Contains(out, "at least, the stored head") || strings.Contains(errs, "reset") || !strings.Contains(errs, "hint: the log agrees with itself") {
+			t.Errorf("--head %s: status %d, %s%s", head, status, out, errs)
+		}
+	}
 	other := inject.PinOf(make([]byte, ed25519.PublicKeySize)).String()
 	if out, _, status := s.keybroker(t, "audit", "verify", "--identity", other); status != exitFailure || !strings.Contains(out, "signature") {
 		t.Errorf("under another identity: status %d, %s", status, out)
@@ -211,7 +218,7 @@ func TestAuditReset(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, errs, status := s.keybroker(t, reset...); status != exitFailure || !strings.Contains(errs, "systemctl stop keybroker") {
+	if _, errs, status := s.keybroker(t, reset...); status != exitFailure || !strings.Contains(errs, "end its `keybroker serve`") {
 		t.Errorf("beside a broker: status %d, %s", status, errs)
 	}
 	held.Close()
@@ -233,7 +240,7 @@ func TestAuditReset(t *testing.T) {
 	if err := os.RemoveAll(s.p.AuditDir); err != nil {
 		t.Fatal(err)
 	}
-	if _, errs, status := s.keybroker(t, reset...); status != exitOK {
+	if _, errs, status := s.keybroker(t, reset...); status != exitOK || !strings.HasSuffix(errs, "of the one before nothing was left\n") {
 		t.Errorf("with the folder gone: status %d, %s", status, errs)
 	}
 	if _, err := os.Stat(s.p.AuditDir); errors.Is(err, os.ErrNotExist) {

@@ -136,6 +136,8 @@ type Break struct {
 	Kind string // unreadable, edit, removal, insertion, recomputed, signature, head, cut
 	Want string // what was expected
 	Got  string // what was found
+
+	Noted bool // it is about one of VerifyOptions.Heads other than Stored: the log may be whole, and the head another log's
 }
 
 // ErrBroken is a log that was tampered with or damaged.

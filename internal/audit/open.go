@@ -192,13 +192,13 @@ func readTail(dir *os.File, stored Head) (tail, error) {
 		}
 	}
 	if stored.Seq > end.head.Seq {
-		return tail{}, cutBreak(stored, end.head)
+		return tail{}, cutBreak(stored, end.head, "the stored head")
 	}
 	return end, nil
 }
 
-func cutBreak(want, got Head) *Break {
-	return &Break{Kind: "cut", Want: fmt.Sprintf("records up to %d at least, the stored head", want.Seq),
+func cutBreak(want, got Head, whose string) *Break {
+	return &Break{Kind: "cut", Want: fmt.Sprintf("records up to %d at least, %s", want.Seq, whose),
 		Got: fmt.Sprintf("an end after record %d", got.Seq)}
 }
 

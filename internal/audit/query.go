@@ -19,6 +19,7 @@ type Filter struct {
 	Tier         string
 	Event        Event
 	Code         string
+	Decision     string
 	Limit        int // the newest so many; 0 means all
 }
 
@@ -28,7 +29,8 @@ func (f *Filter) takes(r *Record) bool {
 		(f.Subject == "" || f.Subject == r.Subject || contains(r.Names, f.Subject)) &&
 		(f.Tier == "" || f.Tier == r.Tier) &&
 		(f.Event == "" || f.Event == r.Event) &&
-		(f.Code == "" || f.Code == r.Code)
+		(f.Code == "" || f.Code == r.Code) &&
+		(f.Decision == "" || f.Decision == r.Decision)
 }
 
 func contains(names []string, name string) bool {

@@ -53,6 +53,14 @@ const (
 	EventReset      Event = "reset"       // the log begins anew; the one before was set aside
 )
 
+// Events returns all of them.
+func Events() []Event {
+	return []Event{
+		EventRelease, EventRefusal, EventAck, EventCheckpoint, EventStart, EventStop, EventPolicy, EventTicket, EventSlot,
+		EventLock, EventUnlock, EventBreakGlass, EventRecovered, EventDropped, EventReset,
+	}
+}
+
 // What a record's Decision says.
 const (
 	Granted = "granted"

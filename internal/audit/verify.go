@@ -16,6 +16,8 @@ const maxBreaks = 100
 type VerifyOptions struct {
 	// Heads were noted outside of the log, at any time; each must be in it. None: a tail that was cut off does not show.
 	Heads []Head
+	// Stored is the one of Heads that the broker's store has; zero: none of them.
+	Stored Head
 	// PublicKeys are the realm's identities. None: signatures are not checked, so a log that was computed anew with
 	// checkpoints of somebody else does not show.
 	PublicKeys []ed25519.PublicKey
@@ -135,6 +137,7 @@ func (v *verifier) take(line []byte) {
 	for _, want := range v.opts.Heads {
 		if want.Seq == head.Seq {
 			if b := compareHead(want, head); b != nil {
+				b.Noted = want != v.opts.Stored
 				v.here(b)
 			}
 		}
@@ -183,12 +186,22 @@ func (v *verifier) checkpoint(r *Record) {
 	}
 }
 
+// cut is a log that ends before a head.
+func (v *verifier) cut(want Head) *Break {
+	if want == v.opts.Stored {
+		return cutBreak(want, v.report.Head, "the stored head")
+	}
+	b := cutBreak(want, v.report.Head, "a head that was given")
+	b.Noted = true
+	return b
+}
+
 // finish looks at what only shows at the end.
 func (v *verifier) finish() {
 	rep := v.report
 	for _, want := range v.opts.Heads {
 		if want.Seq > rep.Head.Seq {
-			v.broken(cutBreak(want, rep.Head))
+			v.broken(v.cut(want))
 		} else if want.Seq != 0 && want.Seq < rep.First.Seq {
 			v.note("record %d, whose hash was given, is in a file that was moved away", want.Seq)
 		}
