@@ -55,8 +55,10 @@ kernel's command line.
 func parseOptions(args []string, stderr io.Writer) (*options, error) {
 	o := &options{}
 	f := flag.NewFlagSet("keybroker-agent", flag.ContinueOnError)
-	f.SetOutput(stderr)
-	f.Usage = func() {
+	f.SetOutput(io.Discard) // a mistake is said once, by run
+	f.Usage = func() {}
+	help := func() {
+		f.SetOutput(stderr)
 		io.WriteString(stderr, usage)
 		f.PrintDefaults()
 	}
@@ -66,8 +68,11 @@ func parseOptions(args []string, stderr io.Writer) (*options, error) {
 	f.BoolVar(&o.forget, "forget", false, "with -once: wipe the receiver's key then; nothing more can be fetched in this boot")
 	f.BoolVar(&o.check, "check", false, "check the configuration and exit")
 	f.BoolVar(&o.version, "version", false, "print the version and exit")
-	if err := f.Parse(args); err != nil {
+	if err := f.Parse(args); errors.Is(err, flag.ErrHelp) {
+		help()
 		return nil, err
+	} else if err != nil {
+		return nil, fmt.Errorf("%w; -h shows the flags", err)
 	}
 	if f.NArg() > 0 {
 		return nil, fmt.Errorf("argument %q: none is expected; -h shows the flags", f.Arg(0))
@@ -76,6 +81,14 @@ func parseOptions(args []string, stderr io.Writer) (*options, error) {
 		return nil, errors.New("-forget goes with -once only: an agent that stays needs its key")
 	}
 	return o, nil
+}
+
+// several counts things: 1 key, 2 keys.
+func several(n int, thing string) string {
+	if n != 1 {
+		thing += "s"
+	}
+	return fmt.Sprintf("%d %s", n, thing)
 }
 
 func run(args []string, stdout, stderr io.Writer) int {
@@ -98,7 +111,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 		return exitUsage
 	}
 	if o.check {
-		fmt.Fprintf(stdout, "%s: ok: %d keys, %d pins\n", from, len(c.Keys), len(c.Pins))
+		fmt.Fprintf(stdout, "%s: ok: %s, %s\n", from, several(len(c.Keys), "key"), several(len(c.Pins), "pin"))
 		return exitOK
 	}
 	harden(out)

@@ -50,7 +50,7 @@ func TestExitStatus(t *testing.T) {
 		exit int
 		want string
 	}{
-		{[]string{"-config", good, "-check"}, exitOK, "ok: 3 keys, 1 pins"},
+		{[]string{"-config", good, "-check"}, exitOK, "ok: 3 keys, 1 pin\n"},
 		{[]string{"-version"}, exitOK, "keybroker-agent"},
 		{[]string{"-h"}, exitOK, "usage:"},
 		{[]string{"-config", bad, "-check"}, exitUsage, `:23: unknown key "colour" in [[key]]`},
@@ -64,6 +64,9 @@ func TestExitStatus(t *testing.T) {
 		exit, out := program(t, c.args...)
 		if exit != c.exit || !strings.Contains(out, c.want) {
 			t.Errorf("%v: exit status %d, expected %d with %q; output:\n%s", c.args, exit, c.exit, c.want, out)
+		}
+		if c.exit == exitUsage && strings.Count(out, "\n") != 1 {
+			t.Errorf("%v: a mistake takes more than a line:\n%s", c.args, out)
 		}
 	}
 }
