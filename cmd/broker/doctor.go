@@ -77,6 +77,10 @@ func examine(ctx context.Context, g *globals, cfg *config.Config, paths config.P
 		checkSecretMemory(),
 		checkRealm(paths.Realm),
 	}
+	for _, w := range cfg.Warnings() {
+		what, got, _ := strings.Cut(w, ": ")
+		found = append(found, finding{what: what, got: got})
+	}
 	found = append(found, checkVMs(ctx, cfg.Libvirt, libvirtPrograms)...)
 	return append(found, checkSwap("/proc/swaps"), checkClock(), checkBroker(ctx, g))
 }

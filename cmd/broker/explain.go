@@ -121,7 +121,7 @@ func newPolicyCommand(g *globals) *cobra.Command {
 	c := &cobra.Command{Use: "policy", Short: "Check the policy before it is in force"}
 	check := &cobra.Command{
 		Use:   "check",
-		Short: "Read policy.toml and its drop-ins, say what they allow, and warn of weak rules",
+		Short: "Read policy.toml and its drop-ins, say what they allow, and warn of weak rules; look at broker.toml too",
 		Args:  cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
 			paths, err := g.paths()
@@ -131,6 +131,13 @@ func newPolicyCommand(g *globals) *cobra.Command {
 			p, err := policy.Load(policy.Source{File: paths.PolicyFile, Dir: paths.PolicyDir, Required: true})
 			if err != nil {
 				return err
+			}
+			if cfg, _, err := g.load(); err != nil {
+				g.warn("broker.toml: %s", errorLine(err))
+			} else {
+				for _, w := range cfg.Warnings() {
+					g.warn("broker.toml: %s", w)
+				}
 			}
 			return g.printPolicy(p)
 		},

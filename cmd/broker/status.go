@@ -79,7 +79,8 @@ func printStatus(w io.Writer, s daemon.Status) error {
 	for _, slot := range s.Realm.Slots {
 		fmt.Fprintf(w, "slot     %s  %s  %s\n", slot.ID, slot.Kind, slot.Description)
 	}
-	fmt.Fprintf(w, "policy   %.12s..., %d services, %d VMs, read %s ago\n", s.Policy.Digest, s.Policy.Services, s.Policy.VMs, age(s.Policy.Loaded))
+	fmt.Fprintf(w, "listen   %s\n", strings.Join(s.Listen, ", "))
+	fmt.Fprintf(w, "policy   %.12s..., %s, %s, read %s ago\n", s.Policy.Digest, several(s.Policy.Services, "service"), several(s.Policy.VMs, "VM"), age(s.Policy.Loaded))
 	fmt.Fprintf(w, "libvirt  %s\n", libvirtLine(s.Hypervisor))
 	fmt.Fprintf(w, "audit    head %d:%s\n", s.Audit.Seq, s.Audit.Hash)
 	for _, line := range s.Warnings {
@@ -94,7 +95,9 @@ func realmLine(r daemon.RealmStatus) string {
 		id = "(never open)"
 	}
 	line := fmt.Sprintf("%s  %s", id, r.State)
-	if r.Why != "" {
+	if strings.HasPrefix(r.Why, r.State+" ") { // locked by an administrator
+		line = id + "  " + r.Why
+	} else if r.Why != "" {
 		line += ": " + r.Why
 	}
 	if r.Generations > 0 {
@@ -124,8 +127,11 @@ func libvirtLine(l daemon.LibvirtStatus) string {
 	return "not connected: " + l.Why
 }
 
-// printVMs writes the table of virtual machines; an empty one has its heading alone.
+// printVMs writes the table of virtual machines, if there are any.
 func printVMs(w io.Writer, vms []daemon.VMStatus) error {
+	if len(vms) == 0 {
+		return nil
+	}
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "VM\tTIER\tCID\tSTATE\tKEYS\tSINK\tAGE\tWHY")
 	for _, v := range vms {
@@ -133,7 +139,11 @@ func printVMs(w io.Writer, vms []daemon.VMStatus) error {
 		if v.Code != "" {
 			why = strings.TrimSuffix(v.Code+": "+why, ": ")
 		}
-		fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\t%s\t%s\t%s\n", v.Name, v.Tier, v.CID, v.State,
+		cid := "-"
+		if v.CID != 0 {
+			cid = fmt.Sprint(v.CID)
+		}
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", v.Name, v.Tier, cid, v.State,
 			strings.Join(v.Keys, ","), strings.Join(v.Sinks, ","), age(v.Changed), why)
 	}
 	return t.Flush()

@@ -9,9 +9,12 @@ import (
 	"io/fs"
 	"log/slog"
 	"net/netip"
+	"os"
+	"os/user"
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -131,6 +134,26 @@ func Parse(name string, data []byte) (*Config, error) {
 		return nil, err
 	}
 	return c, nil
+}
+
+// Warnings returns what is legal and probably not what the operator wants, one line each: it looks at the file that
+// passphrase_file names and at the users of this host.
+func (c *Config) Warnings() []string {
+	var out []string
+	const others = 0o006
+	if info, err := os.Stat(c.PassphraseFile); c.PassphraseFile != "" && err == nil && info.Mode().IsRegular() && info.Mode().Perm()&others != 0 {
+		out = append(out, fmt.Sprintf("passphrase_file: %s has mode %04o, which lets every user of this machine in: `chmod o-rw %s` mends that",
+			c.PassphraseFile, info.Mode().Perm(), c.PassphraseFile))
+	}
+	for _, name := range c.Admin.Users {
+		if _, err := user.Lookup(name); err == nil {
+			continue
+		}
+		if _, err := strconv.ParseUint(name, 10, 32); err != nil {
+			out = append(out, fmt.Sprintf("[admin] users: there is no user %q on this host, so the name lets nobody in", name))
+		}
+	}
+	return out
 }
 
 func readTable(t *tomlfile.Table, key string, read func(*tomlfile.Table)) {

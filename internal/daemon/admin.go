@@ -66,7 +66,11 @@ func (b *Broker) change(f func(*http.Request) error) http.HandlerFunc {
 			return
 		}
 		err := f(r)
-		b.log.Info("administration", "uid", cred.Uid, "request", r.Method+" "+r.URL.Path, "err", err)
+		log := b.log.With("uid", cred.Uid, "request", r.Method+" "+r.URL.Path)
+		if err != nil {
+			log = log.With("err", err)
+		}
+		log.Info("administration")
 		if err != nil {
 			answerRefusal(w, adminRefusal(err))
 			return
@@ -256,7 +260,7 @@ func (b *Broker) denyVM(r *http.Request) error {
 // status gathers what `keybroker status` shows.
 func (b *Broker) status() Status {
 	s := Status{
-		Version: b.version, PID: os.Getpid(), Started: b.since, Realm: b.realmStatus(), Hypervisor: b.hv.status(),
+		Version: b.version, PID: os.Getpid(), Started: b.since, Listen: b.listen, Realm: b.realmStatus(), Hypervisor: b.hv.status(),
 		VMs: b.vmStatus(), Warnings: []string{}, Counters: b.services.counters(),
 	}
 	p := b.rules.Load()

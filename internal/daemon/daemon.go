@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -74,6 +75,7 @@ type Broker struct {
 	live       func(ctx context.Context, uuid string) (hypervisor.Domain, error)       // libvirt.Live
 	defined    func(ctx context.Context, nameOrUUID string) (hypervisor.Domain, error) // libvirt.Defined
 
+	listen  []string        // addresses for services
 	running context.Context // ends when the broker stops
 }
 
@@ -85,6 +87,7 @@ func Run(ctx context.Context, c Config) error {
 		return err
 	}
 	defer b.close()
+	defer l.removeUnlock()
 	return b.serve(ctx, l, from, c.Reload)
 }
 
@@ -106,13 +109,19 @@ func open(c Config, from passed) (*Broker, *listeners, error) {
 			return nil, nil, err
 		}
 	}
-	if err := makeStateDir(c.Paths); err != nil {
-		return nil, nil, err
-	}
 	if b.file, err = loadRealm(c.Paths.Realm); err != nil {
 		return nil, nil, err
 	}
+	if err := makeStateDir(c.Paths); err != nil {
+		return nil, nil, err
+	}
 	b.slots.slots = b.file.Slots()
+	for _, w := range c.Settings.Warnings() {
+		c.Log.Warn(w, "file", c.Settings.File)
+	}
+	if lostStore(c.Paths) {
+		c.Log.Warn("there is an audit log and no store: its head, denials of VMs and which volumes exist are lost, and blank disks are formatted again", "store", c.Paths.Store)
+	}
 	if b.store, err = store.Open(c.Paths.Store); err != nil {
 		return nil, nil, err
 	}
@@ -120,6 +129,10 @@ func open(c Config, from passed) (*Broker, *listeners, error) {
 	if err != nil {
 		b.store.Close()
 		return nil, nil, err
+	}
+	b.listen = l.addresses()
+	for _, a := range b.listen {
+		c.Log.Info("listening", "address", a)
 	}
 	b.realm = newRealm(c.Settings, c.Paths.Realm, l.unlock, c.Log)
 	if err := b.openAudit(b.file.RealmID().String()); err != nil {
@@ -158,6 +171,13 @@ func loadRealm(path string) (*seal.File, error) {
 		return nil, fmt.Errorf("there is no realm yet: `keybroker init --slot tpm2` makes %s", path)
 	}
 	return f, err
+}
+
+// lostStore reports whether a broker ran here whose store is gone.
+func lostStore(p config.Paths) bool {
+	_, err := os.Lstat(p.Store)
+	files, _ := filepath.Glob(filepath.Join(p.AuditDir, "audit-*.jsonl"))
+	return errors.Is(err, fs.ErrNotExist) && len(files) > 0
 }
 
 func makeStateDir(p config.Paths) error {

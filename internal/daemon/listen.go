@@ -65,6 +65,7 @@ type listeners struct {
 	hook      net.Listener
 	admin     net.Listener
 	unlock    *os.File // the opener accepts on it, the broker never does
+	unlockAt  string   // where this process made it; "" for systemd's
 }
 
 func (l *listeners) all() []net.Listener {
@@ -84,6 +85,23 @@ func (l *listeners) close() {
 	if l.unlock != nil {
 		l.unlock.Close()
 	}
+	l.removeUnlock()
+}
+
+// removeUnlock takes away the one socket that its listener's end leaves.
+func (l *listeners) removeUnlock() {
+	if l.unlockAt != "" {
+		os.Remove(l.unlockAt)
+	}
+}
+
+// addresses are where services find the broker.
+func (l *listeners) addresses() []string {
+	all := []string{}
+	for _, x := range append(append([]net.Listener{}, l.tcp...), l.unix...) {
+		all = append(all, x.Addr().String())
+	}
+	return all
 }
 
 // listen takes systemd's sockets where there are some, and makes the others itself.
@@ -165,6 +183,7 @@ func (l *listeners) openUnlock(files []*os.File, path string) error {
 	}
 	defer x.Close()
 	x.(*net.UnixListener).SetUnlinkOnClose(false)
+	l.unlockAt = path
 	l.unlock, err = x.(*net.UnixListener).File()
 	return err
 }

@@ -95,7 +95,11 @@ func (r *realm) show(state, why string) {
 		return
 	}
 	r.state, r.why = state, why
-	r.log.Info("realm", "state", state, "why", why)
+	if why == "" {
+		r.log.Info("realm", "state", state)
+	} else {
+		r.log.Info("realm", "state", state, "why", why)
+	}
 	notify("STATUS=realm " + state + strings.TrimSuffix(": "+why, ": "))
 }
 

@@ -84,8 +84,22 @@ func (b *Broker) refused(tier, peer string, r audit.Record, cause error) {
 		b.log.Error("writing the audit", "err", err)
 	}
 	if written { // the journal is no more of a peer's to fill than the audit is
-		b.log.Warn("refused", "tier", tier, "subject", r.Subject, "code", r.Code, "reason", r.Reason, "rule", r.Rule, "cause", cause)
+		b.log.Warn("refused", refusedAttrs(tier, r, cause)...)
 	}
+}
+
+// refusedAttrs are what the journal says of a refusal, without what there is nothing to say of.
+func refusedAttrs(tier string, r audit.Record, cause error) []any {
+	attrs := []any{"tier", tier, "code", r.Code}
+	for _, a := range [][2]string{{"subject", r.Subject}, {"reason", r.Reason}, {"rule", r.Rule}} {
+		if a[1] != "" {
+			attrs = append(attrs, a[0], a[1])
+		}
+	}
+	if cause != nil {
+		attrs = append(attrs, "cause", cause)
+	}
+	return attrs
 }
 
 // hookRecord is the record of a start that is refused.

@@ -7,6 +7,7 @@ type Status struct {
 	Version    string         `json:"version"`
 	PID        int            `json:"pid"`
 	Started    time.Time      `json:"started"`
+	Listen     []string       `json:"listen"` // for services: loopback addresses, and the Unix socket
 	Realm      RealmStatus    `json:"realm"`
 	Policy     PolicyStatus   `json:"policy"`
 	Hypervisor LibvirtStatus  `json:"hypervisor"`
