@@ -9,6 +9,7 @@ import (
 
 	"keybroker/derive"
 	"keybroker/internal/audit"
+	"keybroker/internal/store"
 )
 
 // deriveFlags are those of `key derive`.
@@ -58,6 +59,9 @@ func (f *deriveFlags) check(name string) error {
 
 // breakGlass derives one key: no record, no key, here too.
 func (g *globals) breakGlass(ctx context.Context, name string, f *deriveFlags) error {
+	if err := g.checkNoBroker(); err != nil {
+		return err
+	}
 	g.warn("break-glass: deriving a key past policy and tickets; this is recorded in the audit log")
 	realm, err := g.openRealm(ctx, &f.open)
 	if err != nil {
@@ -70,7 +74,7 @@ func (g *globals) breakGlass(ctx context.Context, name string, f *deriveFlags) e
 	}
 	defer schedule.Wipe()
 	if err := g.recordBreakGlass(schedule, name, f); err != nil {
-		return hintedError{fmt.Errorf("no record, no key: %w", err), "stop the broker first (`systemctl stop keybroker.service keybroker.socket`), or ask it: `keybroker key get`"}
+		return noRecord(err)
 	}
 	octets, wipe, err := f.derive(schedule, name)
 	if err != nil {
@@ -78,6 +82,29 @@ func (g *globals) breakGlass(ctx context.Context, name string, f *deriveFlags) e
 	}
 	defer wipe()
 	return f.form.write(g.stdout, octets)
+}
+
+// checkNoBroker finds out before anybody types a passphrase that it would be for nothing.
+func (g *globals) checkNoBroker() error {
+	paths, err := g.paths()
+	if err != nil {
+		return err
+	}
+	s, err := store.OpenReadOnly(paths.Store)
+	if errors.Is(err, store.ErrHeld) {
+		return noRecord(err)
+	}
+	if err == nil {
+		s.Close()
+	}
+	return nil
+}
+
+func noRecord(err error) error {
+	if errors.Is(err, store.ErrHeld) || errors.Is(err, audit.ErrHeld) {
+		return hintedError{fmt.Errorf("no record, no key, and a broker holds the audit log: %w", err), "ask the broker by `keybroker key get`, or " + stopBroker + " first"}
+	}
+	return fmt.Errorf("no record, no key: %w", err)
 }
 
 func (f *deriveFlags) derive(s *derive.Schedule, name string) ([]byte, func(), error) {

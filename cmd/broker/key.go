@@ -32,7 +32,7 @@ type keyForm struct {
 func (f *keyForm) flags(c *cobra.Command) {
 	c.Flags().BoolVar(&f.hex, "hex", false, "write lower-case hexadecimal and a newline")
 	c.Flags().BoolVar(&f.base64, "base64", false, "write base64 and a newline")
-	c.Flags().StringVarP(&f.out, "out", "o", "", "write to a new `FILE` of mode 0400; it must not exist")
+	c.Flags().StringVarP(&f.out, "out", "o", "", "write to a new `FILE` of mode 0400; it must not exist; - is standard output")
 	c.MarkFlagsMutuallyExclusive("hex", "base64")
 }
 
@@ -115,10 +115,12 @@ func (g *globals) fetchKey(ctx context.Context, service string, epoch uint32, se
 	return key, err
 }
 
+func (f *keyForm) toStdout() bool { return f.out == "" || f.out == "-" }
+
 // check refuses to pour raw octets into a terminal.
 func (f *keyForm) check(stdout io.Writer) error {
 	file, ok := stdout.(*os.File)
-	if f.out == "" && !f.hex && !f.base64 && ok && term.IsTerminal(int(file.Fd())) {
+	if f.toStdout() && !f.hex && !f.base64 && ok && term.IsTerminal(int(file.Fd())) {
 		return errors.New("raw octets on a terminal: use --hex, --base64, --out FILE, or a pipe")
 	}
 	return nil
@@ -127,7 +129,7 @@ func (f *keyForm) check(stdout io.Writer) error {
 func (f *keyForm) write(stdout io.Writer, key []byte) error {
 	octets := f.encode(key)
 	defer clear(octets)
-	if f.out == "" {
+	if f.toStdout() {
 		_, err := stdout.Write(octets)
 		return err
 	}
