@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -62,7 +64,7 @@ with the broker's reason.`,
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), hookBudget-(hypervisor.BootTime()-begin))
 			defer cancel()
-			h := &qemuHook{stdin: g.stdin, runDir: "/run/libvirt/qemu", begin: begin}
+			h := &qemuHook{stdin: g.stdin, syslog: g.syslog, runDir: "/run/libvirt/qemu", begin: begin}
 			h.socket = func(flags []string) (string, error) {
 				if err := cmd.InheritedFlags().Parse(flags); err != nil {
 					return "", err
@@ -89,6 +91,7 @@ type qemuHook struct {
 	stdin  io.Reader
 	socket func(flags []string) (string, error) // the broker's, by the flags that stand before libvirt's words
 	runDir string                               // where libvirt keeps NAME.pid
+	syslog string                               // the system log's socket, or ""
 	begin  time.Duration                        // when libvirt called, a BootTime
 }
 
@@ -121,9 +124,29 @@ func (h *qemuHook) run(ctx context.Context, args []string, stderr io.Writer) err
 		return refusal
 	}
 	if err != nil {
-		fmt.Fprintf(stderr, "keybroker: warning: hook: %s; the VM is not held up by it, the broker learns of it later\n", shown(err.Error()))
+		line := fmt.Sprintf("warning: hook: %s; the VM is not held up by it, the broker learns of it later", shown(err.Error()))
+		fmt.Fprintf(stderr, "keybroker: %s\n", line)
+		h.logWarning(line)
 	}
 	return nil
+}
+
+// logWait is how long the system log may keep the hook; what it does not take by then is not logged.
+const logWait = 50 * time.Millisecond
+
+// logWarning writes to the system log: libvirt drops what a hook prints that does not fail.
+func (h *qemuHook) logWarning(line string) {
+	if h.syslog == "" {
+		return
+	}
+	c, err := net.DialTimeout("unixgram", h.syslog, logWait)
+	if err != nil {
+		return
+	}
+	defer c.Close()
+	const daemonWarning = 3<<3 | 4 // facility and severity of syslog(3)
+	c.SetWriteDeadline(time.Now().Add(logWait))
+	fmt.Fprintf(c, "<%d>%s keybroker[%d]: %s", daemonWarning, time.Now().Format(time.Stamp), os.Getpid(), line)
 }
 
 // tell reads what libvirt says and passes it on to the broker. It never asks libvirt anything: that would wait for this hook.

@@ -75,6 +75,48 @@ func callHookBegan(t *testing.T, began time.Duration, stdin io.Reader, args ...s
 	return status, errs.String()
 }
 
+// What the hook cannot do is in the system log: of a hook that does not fail libvirt shows nobody what it printed. A log that takes
+// nothing, or is none, does not hold the start up.
+func TestHookWritesToTheSystemLog(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "log")
+	l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	warn := func(syslog string) {
+		t.Helper()
+		var out, errs bytes.Buffer
+		g := &globals{stdin: strings.NewReader(hookOurs), stdout: &out, stderr: &errs, began: hypervisor.BootTime(), syslog: syslog}
+		status := run(t.Context(), g, []string{"--state-dir", t.TempDir(), "hook", "qemu", "--", "--state-dir", t.TempDir(), "web1", "prepare", "begin", "-"})
+		if status != 0 || !strings.HasPrefix(errs.String(), "keybroker: warning: hook: no broker serves ") {
+			t.Errorf("status %d, %q", status, errs.String())
+		}
+	}
+	warn(filepath.Join(filepath.Dir(socket), "none"))
+	warn(socket)
+	l.SetReadDeadline(time.Now().Add(time.Minute))
+	octets := make([]byte, 4096)
+	n, err := l.Read(octets)
+	if text := string(octets[:n]); err != nil || !strings.HasPrefix(text, "<28>") || !strings.Contains(text, "]: warning: hook: no broker serves ") || strings.Contains(text, "\n") {
+		t.Errorf("logged: %q, %v", text, err)
+	}
+	for range 1000 { // until the log is full; each waits for it a little at most
+		c, err := net.DialTimeout("unixgram", socket, time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.SetWriteDeadline(time.Now().Add(10 * time.Millisecond))
+		_, err = c.Write(octets)
+		c.Close()
+		if err != nil {
+			warn(socket)
+			return
+		}
+	}
+	t.Error("the log took everything")
+}
+
 func TestHookTellsTheBroker(t *testing.T) {
 	for _, operation := range []string{"prepare", "start", "started", "stopped", "release", "migrate", "restore", "reconnect", "attach"} {
 		dir, posted := hookBroker(t, http.StatusNoContent, "")

@@ -34,6 +34,7 @@ type globals struct {
 	stdin    io.Reader
 	stdout   io.Writer
 	stderr   io.Writer
+	syslog   string        // the system log's socket; "" writes to none
 	began    time.Duration // when this process was started, a hypervisor.BootTime; 0: as the kernel says
 }
 
@@ -133,7 +134,7 @@ func (e statusError) Unwrap() error { return e.error }
 var errSilent = errors.New("failed")
 
 func main() {
-	g := &globals{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr}
+	g := &globals{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr, syslog: "/dev/log"}
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	status := run(ctx, g, os.Args[1:])
 	stop()
