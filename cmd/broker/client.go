@@ -24,11 +24,24 @@ const maxAnswer = 16 << 20
 // answerWait is how long the broker may take for an answer: starting the realm's keyholder is the longest that it does.
 const answerWait = 30 * time.Second
 
+// dialAgain is the pause before a socket is tried again whose queue of connections is full.
+const dialAgain = 5 * time.Millisecond
+
 // unixClient speaks HTTP to one Unix socket of the broker.
 func unixClient(socket string) *http.Client {
 	c := tcpClient()
 	c.Transport.(*http.Transport).DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+		for { // a full queue is EAGAIN at once, where TCP would try again by itself
+			conn, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
+			if !errors.Is(err, unix.EAGAIN) {
+				return conn, err
+			}
+			select {
+			case <-time.After(dialAgain):
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			}
+		}
 	}
 	return c
 }
