@@ -19,6 +19,24 @@ const (
 	noSockGroup = "this kernel does not say the cgroup of a socket; Linux 5.9 with CONFIG_SOCK_CGROUP_DATA does"
 )
 
+// UnixUID returns the uid of who connected to a Unix socket, and asks for nothing else: FromUnix names the same one. The error
+// matches ErrUnknownUID if this is why.
+func UnixUID(conn *net.UnixConn) (uid uint32, err error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return 0, fmt.Errorf("asking who connected: %w", err)
+	}
+	var cred *unix.Ucred
+	ctlErr := raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+	if err = errors.Join(ctlErr, err); err == nil {
+		uid, err = cred.Uid, checkUID(cred.Uid)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("asking who connected: %w", err)
+	}
+	return uid, nil
+}
+
 // FromUnix returns who connected to a Unix socket: the process that did, whoever holds its end of the connection now. The
 // Caller is to be closed. The error matches ErrGone or ErrUnknownUID if these are why. A unit that cannot be known is no
 // error, as rules by uid alone can be met: NoUnit says why.

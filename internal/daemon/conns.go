@@ -38,7 +38,8 @@ type conns struct {
 
 // admitted is whose a connection is, and whether policy did not name him when it was made.
 type admitted struct {
-	who      *caller.Caller
+	uid      uint32
+	peer     *peer
 	stranger bool
 }
 
@@ -50,19 +51,37 @@ func newConns(callers *caller.Resolver, limits *config.Limits, named func(uid ui
 }
 
 // peer is who the kernel says is at the other end of a connection, or why it gets nothing. What does not change while the
-// connection lasts is written down once.
+// connection lasts is written down once. It is used by the connection's own goroutine.
 type peer struct {
+	ask    func() (*caller.Caller, error) // on the Unix socket, until the first request
 	who    *caller.Caller
 	claims policy.Claims
 	audit  *audit.Caller
 	err    error
 }
 
-func newPeer(who *caller.Caller, via string) *peer {
+func (p *peer) is(who *caller.Caller, via string) {
 	unit := who.Unit()
-	return &peer{
-		who: who, audit: &audit.Caller{UID: who.UID, Unit: unit, PID: int32(who.PID)},
-		claims: policy.Claims{UID: who.UID, Via: via, MatchUnit: who.MatchUnit, Unit: unit, NoUnit: who.NoUnit},
+	p.who, p.audit = who, &audit.Caller{UID: who.UID, Unit: unit, PID: int32(who.PID)}
+	p.claims = policy.Claims{UID: who.UID, Via: via, MatchUnit: who.MatchUnit, Unit: unit, NoUnit: who.NoUnit}
+}
+
+// known asks for the process and its unit when the connection's first request for a key has come. What connects and asks for
+// nothing costs no more than its uid.
+func (p *peer) known() error {
+	if p.ask == nil {
+		return p.err
+	}
+	who, err := p.ask()
+	if p.ask, p.err = nil, err; err == nil {
+		p.is(who, policy.ViaUnix)
+	}
+	return p.err
+}
+
+func (p *peer) close() {
+	if p.who != nil {
+		p.who.Close()
 	}
 }
 
@@ -76,13 +95,12 @@ func peerOf(ctx context.Context) *peer {
 	return &peer{err: errors.New("no caller")}
 }
 
-// identify asks the kernel about a new connection's other end, once, when it is accepted.
+// identify asks the kernel whose a new connection is, once, when it is accepted. It runs between one accept and the next.
 func (s *conns) identify(ctx context.Context, c net.Conn) context.Context {
-	p, err := s.ask(c)
+	p := &peer{}
+	uid, err := s.ask(c, p)
 	if err == nil {
-		if err = s.admit(c, p.who); err != nil {
-			p.who.Close()
-		}
+		err = s.admit(c, uid, p)
 	}
 	if err != nil {
 		p = &peer{err: err}
@@ -91,39 +109,37 @@ func (s *conns) identify(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, connPeer{}, p)
 }
 
-func (s *conns) ask(c net.Conn) (*peer, error) {
+func (s *conns) ask(c net.Conn, p *peer) (uid uint32, err error) {
 	switch c := c.(type) {
 	case *net.UnixConn:
-		who, err := s.callers.FromUnix(c)
-		if err != nil {
-			return nil, err
-		}
-		return newPeer(who, policy.ViaUnix), nil
+		p.ask = func() (*caller.Caller, error) { return s.callers.FromUnix(c) }
+		return caller.UnixUID(c)
 	case *net.TCPConn:
 		who, err := s.callers.FromTCP(c)
 		if err != nil {
-			return nil, err
+			return 0, err
 		}
-		return newPeer(who, policy.ViaTCP), nil
+		p.is(who, policy.ViaTCP)
+		return who.UID, nil
 	}
-	return nil, fmt.Errorf("a connection of type %T", c)
+	return 0, fmt.Errorf("a connection of type %T", c)
 }
 
 // admit counts a connection, or says which of the limits it exceeds.
-func (s *conns) admit(c net.Conn, who *caller.Caller) error {
-	stranger := !s.named(who.UID)
+func (s *conns) admit(c net.Conn, uid uint32, p *peer) error {
+	stranger := !s.named(uid)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
-	case s.byUID[who.UID] >= s.limits.ConnectionsPerCaller:
-		return refusal(inject.CodeBusy, "this user has %d connections open already", s.byUID[who.UID])
+	case s.byUID[uid] >= s.limits.ConnectionsPerCaller:
+		return refusal(inject.CodeBusy, "this user has %d connections open already", s.byUID[uid])
 	case len(s.open) >= s.limits.Connections:
 		return refusal(inject.CodeBusy, "all users together have %d connections open already", len(s.open))
 	case stranger && s.strangers >= max(1, s.limits.Connections/strangersShare):
 		return refusal(inject.CodeBusy, "users whom no [[service]] entry names have %d connections open already", s.strangers)
 	}
-	s.open[c] = admitted{who, stranger}
-	s.byUID[who.UID]++
+	s.open[c] = admitted{uid, p, stranger}
+	s.byUID[uid]++
 	if stranger {
 		s.strangers++
 	}
@@ -154,13 +170,12 @@ func (s *conns) closed(c net.Conn, state http.ConnState) {
 	if !ok {
 		return
 	}
-	a.who.Close()
+	a.peer.close()
 	delete(s.open, c)
 	if a.stranger {
 		s.strangers--
 	}
-	uid := a.who.UID
-	if s.byUID[uid]--; s.byUID[uid] == 0 {
-		delete(s.byUID, uid)
+	if s.byUID[a.uid]--; s.byUID[a.uid] == 0 {
+		delete(s.byUID, a.uid)
 	}
 }

@@ -4,10 +4,12 @@ import (
 	"errors"
 	"net"
 	"net/http"
+	"os"
+	"runtime"
+	"strings"
 	"testing"
 
 	"keybroker/inject"
-	"keybroker/internal/caller"
 	"keybroker/internal/config"
 )
 
@@ -18,7 +20,7 @@ func crowdOf(t *testing.T, c *conns, each int, users ...uint32) (open []net.Conn
 		for range each {
 			ours, theirs := net.Pipe()
 			theirs.Close()
-			switch err := c.admit(ours, &caller.Caller{UID: uid}); {
+			switch err := c.admit(ours, uid, &peer{}); {
 			case err == nil:
 				open = append(open, ours)
 			case !errors.Is(err, inject.Refusal{Code: inject.CodeBusy}):
@@ -85,5 +87,54 @@ func TestHealthOfStrangers(t *testing.T) {
 	broker.reload()
 	if status, code, err := dialRaw(t, path).ask(getting("/v1/keys/db", ours)); status != http.StatusOK {
 		t.Errorf("once policy names the user: %d, %q, %v", status, code, err)
+	}
+}
+
+// handles counts the handles of processes that this process has.
+func handles(t *testing.T) (n int) {
+	t.Helper()
+	fds, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, fd := range fds {
+		if is, _ := os.Readlink("/proc/self/fd/" + fd.Name()); strings.Contains(is, "pidfd") {
+			n++
+		}
+	}
+	return n
+}
+
+// A connection on which nobody asks for a key costs no handle of a process, and one that asked lets go of it.
+func TestWhoAsksNothingIsNotLookedAt(t *testing.T) {
+	broker, _, path := startBroker(t)
+	before := handles(t)
+	var crowd []*raw
+	for range 10 {
+		r := dialRaw(t, path)
+		if !keeps(t, r) {
+			t.Error("a connection of a user whom policy names is not kept")
+		}
+		crowd = append(crowd, r)
+	}
+	if now := handles(t); now != before {
+		t.Errorf("%d handles of processes are held for connections that asked for nothing", now-before)
+	}
+	for range 2 {
+		if status, code, err := crowd[0].ask(getting("/v1/keys/db", ours)); status != http.StatusOK {
+			t.Fatalf("%d, %q, %v", status, code, err)
+		}
+	}
+	if now := handles(t); now > before+1 {
+		t.Errorf("%d handles for one caller", now-before)
+	}
+	for _, r := range crowd {
+		r.Close()
+	}
+	for open, _, _ := broker.services.conns.counts(); open > 0; open, _, _ = broker.services.conns.counts() {
+		runtime.Gosched()
+	}
+	if now := handles(t); now != before {
+		t.Errorf("%d handles are left", now-before)
 	}
 }

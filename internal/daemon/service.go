@@ -184,7 +184,7 @@ func (s *services) refuse(w http.ResponseWriter, r inject.Refusal) {
 
 // release decides, records and derives: no record, no key.
 func (s *services) release(r *http.Request, p *peer, name, via string) (key derive.ServiceKey, epoch uint32, err error) {
-	if p.err != nil {
+	if p.known() != nil {
 		return key, 0, s.unidentified(p)
 	}
 	g, err := s.decide(r, p, name, via)
