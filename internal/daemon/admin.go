@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -66,6 +67,7 @@ func (b *Broker) change(f func(*http.Request) error) http.HandlerFunc {
 			return
 		}
 		err := f(r)
+		http.NewResponseController(w).SetWriteDeadline(time.Now().Add(answerTime)) // what it did, which may have waited for the disk, is to be told
 		log := b.log.With("uid", cred.Uid, "request", r.Method+" "+r.URL.Path)
 		if err != nil {
 			log = log.With("err", err)

@@ -20,14 +20,24 @@ const (
 	maxRefusing = 1024
 	// strangersShare is the part of all connections, one in so many, that users whom policy does not name have together.
 	strangersShare = 8
+
+	// Connections of the admin socket, and as many of the hook's.
+	localConns     = 128
+	localPerCaller = 32 // of the admin socket
+	localOthers    = 96 // of users other than root together
+	localRefusing  = 64
 )
 
-// conns are the open connections of tier 1, and whose they are. Each user has a number of them; those whom no entry of the policy
-// names, and who can get nothing but refusals, share a small part, so that they cannot keep a service from its key.
+// conns are the open connections of one kind of door, and whose they are. Each user has a number of them; strangers share a part,
+// so that they cannot keep the others from theirs. On tier 1 these are users whom no entry of the policy names, and who can get
+// nothing but refusals.
 type conns struct {
 	callers *caller.Resolver
 	limits  *config.Limits
-	named   func(uid uint32) bool // whether an entry of the policy names this user
+	named   func(uid uint32) bool // whether this user is no stranger
+	share   func(all int) int     // the strangers' part of all connections
+	them    string                // what refusals call strangers
+	most    int                   // of refusing
 
 	mu        sync.Mutex
 	open      map[net.Conn]admitted
@@ -43,11 +53,20 @@ type admitted struct {
 	stranger bool
 }
 
+// newConns are the connections of tier 1.
 func newConns(callers *caller.Resolver, limits *config.Limits, named func(uid uint32) bool) *conns {
 	return &conns{
-		callers: callers, limits: limits, named: named,
-		open: map[net.Conn]admitted{}, byUID: map[uint32]int{}, refusing: map[net.Conn]struct{}{},
+		callers: callers, limits: limits, named: named, them: "users whom no [[service]] entry names", most: maxRefusing,
+		share: func(all int) int { return max(1, all/strangersShare) },
+		open:  map[net.Conn]admitted{}, byUID: map[uint32]int{}, refusing: map[net.Conn]struct{}{},
 	}
+}
+
+// newLocalConns are the connections of a socket of this host's administrators, with so many of each user. Root always finds a place.
+func newLocalConns(perCaller int) *conns {
+	c := newConns(nil, &config.Limits{Connections: localConns, ConnectionsPerCaller: perCaller}, func(uid uint32) bool { return uid == 0 })
+	c.share, c.them, c.most = func(int) int { return localOthers }, "users other than root", localRefusing
+	return c
 }
 
 // peer is who the kernel says is at the other end of a connection, or why it gets nothing. What does not change while the
@@ -135,8 +154,8 @@ func (s *conns) admit(c net.Conn, uid uint32, p *peer) error {
 		return refusal(inject.CodeBusy, "this user has %d connections open already", s.byUID[uid])
 	case len(s.open) >= s.limits.Connections:
 		return refusal(inject.CodeBusy, "all users together have %d connections open already", len(s.open))
-	case stranger && s.strangers >= max(1, s.limits.Connections/strangersShare):
-		return refusal(inject.CodeBusy, "users whom no [[service]] entry names have %d connections open already", s.strangers)
+	case stranger && s.strangers >= s.share(s.limits.Connections):
+		return refusal(inject.CodeBusy, "%s have %d connections open already", s.them, s.strangers)
 	}
 	s.open[c] = admitted{uid, p, stranger}
 	s.byUID[uid]++
@@ -146,12 +165,27 @@ func (s *conns) admit(c net.Conn, uid uint32, p *peer) error {
 	return nil
 }
 
+// served lets h answer those whose connection is admitted, and tells the others why not.
+func served(h http.Handler) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		p := peerOf(r.Context())
+		if p.err == nil {
+			h.ServeHTTP(w, r)
+			return
+		}
+		refused := inject.Refusal{Code: inject.CodeUnknownPeer, Reason: p.err.Error()}
+		errors.As(p.err, &refused)
+		w.Header().Set("Connection", "close")
+		answerRefusal(w, refused)
+	}
+}
+
 // linger keeps a connection that gets nothing open until its first request is answered with the reason. When there are many
 // such it is closed instead: whoever opens them faster than they run into their deadline must not use up the descriptors.
 func (s *conns) linger(c net.Conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.refusing) >= maxRefusing {
+	if len(s.refusing) >= s.most {
 		c.Close()
 		return
 	}

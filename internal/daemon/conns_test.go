@@ -62,6 +62,45 @@ func TestStrangersShareAPart(t *testing.T) {
 	}
 }
 
+// Whoever may read status has some connections of the admin socket, and all such together leave root its own.
+func TestLocalConnections(t *testing.T) {
+	c := newLocalConns(localPerCaller)
+	if n := len(crowdOf(t, c, 40, 1001)); n != 32 {
+		t.Errorf("%d connections of one user, expected 32", n)
+	}
+	if n := len(crowdOf(t, c, 40, 1002, 1003, 1004, 1005)); n != 64 {
+		t.Errorf("%d connections of four others, expected 64: 96 in all", n)
+	}
+	if n := len(crowdOf(t, c, 40, 0)); n != 32 {
+		t.Errorf("%d connections of root, expected 32", n)
+	}
+	if n := len(crowdOf(t, newLocalConns(localConns), 200, 0)); n != 128 {
+		t.Errorf("%d connections of the hook, expected 128", n)
+	}
+}
+
+// The admin socket tells one connection too many why it gets nothing, and closes those that say nothing more.
+func TestAdminSocketIsBounded(t *testing.T) {
+	broker, _, _ := startBroker(t)
+	path := broker.paths.AdminSocket
+	ask := getting("/v1/explain?of=db")
+	for range localPerCaller {
+		if status, code, err := dialRaw(t, path).ask(ask); status != http.StatusOK {
+			t.Fatalf("%d, %q, %v", status, code, err)
+		}
+	}
+	more := dialRaw(t, path)
+	if status, code, err := more.ask(ask); status != http.StatusTooManyRequests || code != inject.CodeBusy || !more.closed() {
+		t.Errorf("one connection more: %d, %q, %v", status, code, err)
+	}
+	for range 2 * localRefusing {
+		dialRaw(t, path) // who does not even ask is not kept for ever more
+	}
+	if last := dialRaw(t, path); !last.closed() {
+		t.Error("connections of one user have no end")
+	}
+}
+
 // keeps asks for the broker's health, and says whether the connection stays open.
 func keeps(t *testing.T, r *raw) bool {
 	t.Helper()

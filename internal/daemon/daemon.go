@@ -275,15 +275,19 @@ type server struct {
 // servers are those for services, and those for the host's administrators.
 func (b *Broker) servers(l *listeners) (services, local []*server) {
 	services = []*server{{b.services.server(policy.ViaUnix), l.unix}, {b.services.server(policy.ViaTCP), l.tcp}}
-	local = []*server{{b.local(b.hookRoutes()), []net.Listener{l.hook}}, {b.local(b.adminRoutes()), []net.Listener{l.admin}}}
+	local = []*server{
+		{b.local(b.hookRoutes(), newLocalConns(localConns)), []net.Listener{l.hook}},
+		{b.local(b.adminRoutes(), newLocalConns(localPerCaller)), []net.Listener{l.admin}},
+	}
 	return services, local
 }
 
-// local is a server for the sockets that only this host's administrators reach.
-func (b *Broker) local(h http.Handler) *http.Server {
+// local is a server for the sockets that only this host's administrators, and who may read status, reach.
+func (b *Broker) local(h http.Handler, c *conns) *http.Server {
 	return &http.Server{
-		Handler: h, ReadTimeout: 10 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 8 << 10,
-		ConnContext: withPeer, ErrorLog: slog.NewLogLogger(b.log.Handler(), slog.LevelDebug),
+		Handler: served(h), ReadTimeout: 10 * time.Second, WriteTimeout: b.services.patience, IdleTimeout: time.Minute, MaxHeaderBytes: 8 << 10,
+		ConnContext: func(ctx context.Context, conn net.Conn) context.Context { return withPeer(c.identify(ctx, conn), conn) },
+		ConnState:   c.closed, ErrorLog: slog.NewLogLogger(b.log.Handler(), slog.LevelDebug),
 	}
 }
 

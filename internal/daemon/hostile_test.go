@@ -328,6 +328,15 @@ func TestSlowCallers(t *testing.T) {
 			})
 		}
 	})
+	t.Run("admin socket", func(t *testing.T) {
+		r, start := dialRaw(t, broker.paths.AdminSocket), time.Now()
+		for err := error(nil); err == nil; { // until the broker has closed
+			_, err = io.WriteString(r, getting("/v1/status"))
+		}
+		if took := time.Since(start); took > 5*time.Second {
+			t.Errorf("who does not read was closed after %v", took)
+		}
+	})
 	backToNormal(t, broker, before)
 }
 
