@@ -49,6 +49,9 @@ func Parse(name string, data []byte) (root *Table, err error) {
 			root, err = nil, &Error{File: name, Line: 1, Text: "not understood by the TOML decoder; write it more simply"}
 		}
 	}()
+	if line, wrong := checkShape(string(data)); wrong != "" {
+		return nil, &Error{File: name, Line: line, Text: wrong}
+	}
 	var values map[string]any
 	if _, err := toml.Decode(string(data), &values); err != nil {
 		return nil, syntaxError(name, err)

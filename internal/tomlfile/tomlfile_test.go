@@ -252,10 +252,15 @@ func TestList(t *testing.T) {
 	}
 }
 
-// Whatever the decoder takes, every statement's key is found on the line that it stands on, and the walk ends.
+// Whatever the decoder takes, every statement's key is found on the line that it stands on, the walk ends, and no key has more
+// parts than Parse takes.
 func FuzzLines(f *testing.F) {
 	f.Add([]byte(sample))
 	f.Add([]byte("\ufeffa = 1\r\nb.'c d' = \"\"\"x\\\n\"\"\"\"\"\n[[q]]\n[q.r]\ns=[[1,2],{a='''\n'''}]"))
+	for _, form := range []string{"%s = 1", "[%s]", "[[%s]]\nb = 1", "a = { b = { %s = 1 } }", "a = [ # '\n{ %s = \"\"\"\n\"\"\" }]"} {
+		f.Add(fmt.Appendf(nil, form, dotted(16)))
+		f.Add(fmt.Appendf(nil, form, dotted(400)))
+	}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		root, err := Parse("f.toml", data)
 		if err != nil {
@@ -264,6 +269,7 @@ func FuzzLines(f *testing.F) {
 			}
 			return
 		}
+		checkParts(t, string(data))
 		lines := strings.Split(string(data), "\n")
 		checkLines(t, root, lines)
 	})
