@@ -73,8 +73,15 @@ func settings(t *testing.T, text string) {
 	}
 }
 
-// keyAs asks the Unix socket for a key as another user, and returns the status and the body.
-func keyAs(t *testing.T, uid int, name string) (int, string) {
+// A client is a connection of some user to the Unix socket.
+type client struct {
+	t       *testing.T
+	conn    net.Conn
+	answers *bufio.Reader
+}
+
+// clientOf connects as another user.
+func clientOf(t *testing.T, uid int) *client {
 	t.Helper()
 	const same = ^uintptr(0)
 	setUser := func(uid int) {
@@ -90,17 +97,23 @@ func keyAs(t *testing.T, uid int, name string) (int, string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(guestLimit))
-	fmt.Fprintf(conn, "GET /v1/keys/%s HTTP/1.1\r\nHost: localhost\r\nKeybroker: 1\r\nConnection: close\r\n\r\n", name)
-	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	t.Cleanup(func() { conn.Close() })
+	return &client{t, conn, bufio.NewReader(conn)}
+}
+
+// key asks for a service's key and returns the status and the body.
+func (c *client) key(name string) (int, string) {
+	c.t.Helper()
+	c.conn.SetDeadline(time.Now().Add(guestLimit))
+	fmt.Fprintf(c.conn, "GET /v1/keys/%s HTTP/1.1\r\nHost: localhost\r\nKeybroker: 1\r\n\r\n", name)
+	response, err := http.ReadResponse(c.answers, nil)
 	if err != nil {
-		t.Fatal(err)
+		c.t.Fatal(err)
 	}
 	defer response.Body.Close()
 	body, err := io.ReadAll(response.Body)
 	if err != nil {
-		t.Fatal(err)
+		c.t.Fatal(err)
 	}
 	return response.StatusCode, string(body)
 }
@@ -134,8 +147,8 @@ func TestFullDisk(t *testing.T) {
 	before := status(ctx, t)
 
 	keys := 0
-	ask := func(uid int) string { // the refusal's code, or ""
-		code, body := keyAs(t, uid, service)
+	ask := func(c *client) string { // the refusal's code, or ""
+		code, body := c.key(service)
 		if code == http.StatusOK {
 			keys++
 			return ""
@@ -146,20 +159,22 @@ func TestFullDisk(t *testing.T) {
 		}
 		return refusal[1]
 	}
-	if code := ask(1); code != "" {
+	one := clientOf(t, 1)
+	if code := ask(one); code != "" {
 		t.Fatalf("refused with %s before the disk is full", code)
 	}
 	sh(ctx, t, "head -c 1G /dev/zero >/run/small/ballast || [ $(df --output=avail -B 1 /run/small | tail -n 1) = 0 ]")
 	code := ""
 	for code == "" && keys < 1<<16 { // the room that the log has allocated already
-		code = ask(1)
+		code = ask(one)
 	}
 	t.Logf("the first user had %d keys, then %s", keys, code)
 	if code != "busy" {
 		t.Errorf("a user who asks too often while there is only the reserve is refused with %s", code)
 	}
 	for uid := 2; code != "audit-unavailable" && uid <= users; uid++ {
-		for code = ask(uid); code == ""; code = ask(uid) {
+		user := clientOf(t, uid)
+		for code = ask(user); code == ""; code = ask(user) {
 		}
 	}
 	t.Logf("%d keys in all, then %s", keys, code)
@@ -185,9 +200,13 @@ func TestFullDisk(t *testing.T) {
 	}
 
 	sh(ctx, t, "rm /run/small/ballast")
+	freed := time.Now()
 	g.expect(from, "ready:")
+	if took := time.Since(freed); took > 40*time.Second { // with formatting, emulated; a refused agent asks by itself after a minute
+		t.Errorf("the guest had its key %v after there was room again", took)
+	}
 	g.open()
-	if code := ask(1); code != "" {
+	if code := ask(clientOf(t, 1)); code != "" {
 		t.Errorf("a service is refused with %s though there is room again", code)
 	}
 	if got := released(ctx, t, service); got != keys {
@@ -278,10 +297,8 @@ func TestDamagedRealm(t *testing.T) {
 		content []byte
 		want    string
 	}{
-		{"empty", cut(0), "truncated"}, {"cut to 1", cut(1), "truncated"}, {"cut to a third", cut(n / 3), "truncated"},
-		{"cut in its checksum", cut(n - 20), "truncated"}, {"cut by 1", cut(n - 1), "truncated"},
-		{"first octet flipped", flip(0), "damaged"}, {"flipped at a quarter", flip(n / 4), "damaged"}, {"flipped in the middle", flip(n / 2), "damaged"},
-		{"flipped at three quarters", flip(3 * n / 4), "damaged"}, {"flipped in its checksum", flip(n - 20), "damaged"},
+		{"empty", cut(0), "truncated"}, {"cut to a third", cut(n / 3), "truncated"}, {"cut by 1", cut(n - 1), "truncated"},
+		{"first octet flipped", flip(0), "damaged"}, {"flipped in the middle", flip(n / 2), "damaged"}, {"flipped in its checksum", flip(n - 20), "damaged"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			if err := os.WriteFile(path, c.content, 0o600); err != nil {
