@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -106,9 +105,6 @@ type Log struct {
 	wake chan struct{}
 	poke chan struct{}
 
-	joining sync.Mutex // after mu
-	next    *batch     // that records can still join; nil: none
-
 	mu      sync.Mutex
 	file    *os.File
 	number  int   // of the file
@@ -172,94 +168,30 @@ func (l *Log) Append(rec Record, how Durability) (Head, error) {
 	return head, nil
 }
 
-// batch is records that get their places together.
-type batch struct {
-	entries []entry
-	written chan struct{} // closed when all have their place, or an error
-}
-
-type entry struct {
-	event Event
-	body  []byte
-	head  Head
-	err   error
-}
-
-// append gives a record its place. Those that come while others are being written go out in one write: whoever begins a batch
-// writes for all who join it meanwhile.
 func (l *Log) append(event Event, body []byte) (Head, error) {
-	l.joining.Lock()
-	first := l.next == nil
-	if first {
-		l.next = &batch{written: make(chan struct{})}
-	}
-	b, n := l.next, len(l.next.entries)
-	b.entries = append(b.entries, entry{event: event, body: body})
-	l.joining.Unlock()
-	if first {
-		runtime.Gosched() // lets callers that are ready join
-		l.appendNext()
-	} else {
-		<-b.written
-	}
-	return b.entries[n].head, b.entries[n].err
-}
-
-func (l *Log) appendNext() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.joining.Lock()
-	b := l.next
-	l.next = nil
-	l.joining.Unlock()
-	l.appendAll(b.entries)
-	close(b.written)
-}
-
-// appendAll appends records with one write. Where that fails each is tried alone, to have an answer of its own.
-func (l *Log) appendAll(entries []entry) {
-	now := time.Now()
-	err := l.appendTogether(entries, now)
-	switch {
-	case err != nil && len(entries) > 1:
-		for n := range entries {
-			l.appendAll(entries[n : n+1])
-		}
-	case err != nil:
-		entries[0].head, entries[0].err = Head{}, err
-		if l.err == nil {
-			l.lose(entries[0].event, now)
-		}
-	}
-}
-
-func (l *Log) appendTogether(entries []entry, now time.Time) error {
 	if l.err != nil {
-		return l.err
+		return Head{}, l.err
 	}
 	if l.size >= l.full && !l.low {
 		l.rotate()
 	}
-	head, mayUseReserve := l.head, true
-	l.line = l.line[:0]
-	for n := range entries {
-		e, from := &entries[n], len(l.line)
-		l.line = appendHead(l.line, head.Seq+1, &head.Hash, now)
-		l.line = append(l.line, e.body...)
-		head = Head{head.Seq + 1, sha256.Sum256(l.line[from:])}
-		l.line = append(l.line, '\n')
-		e.head = head
-		mayUseReserve = mayUseReserve && (essential(e.event) || byHand(e.event))
+	now := time.Now()
+	l.line = appendHead(l.line[:0], l.head.Seq+1, &l.head.Hash, now)
+	l.line = append(l.line, body...)
+	hash := sha256.Sum256(l.line)
+	l.line = append(l.line, '\n')
+	if err := l.write(essential(event) || byHand(event)); err != nil {
+		l.lose(event, now)
+		return Head{}, err
 	}
-	if err := l.write(mayUseReserve); err != nil {
-		return err
-	}
-	l.head = head
+	l.head = Head{l.head.Seq + 1, hash}
 	if !l.stirred {
 		l.stirred = true
 		notify(l.wake)
 	}
-	return nil
+	return l.head, nil
 }
 
 // byHand says whether the event is a change that an administrator makes, himself or by starting and stopping a machine. It may
@@ -273,7 +205,7 @@ func byHand(e Event) bool {
 	return false
 }
 
-// write puts l.line, one record or several, at the file's end: whole or not at all.
+// write puts l.line at the file's end, whole or not at all.
 func (l *Log) write(mayUseReserve bool) error {
 	if l.err != nil {
 		return l.err
