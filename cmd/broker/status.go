@@ -1,11 +1,11 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
 	"net/http"
-	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -143,7 +143,7 @@ func printVMs(w io.Writer, vms []daemon.VMStatus) error {
 		if v.CID != 0 {
 			cid = fmt.Sprint(v.CID)
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", v.Name, v.Tier, cid, v.State,
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", cmp.Or(v.Name, v.UUID), v.Tier, cid, v.State,
 			strings.Join(v.Keys, ","), strings.Join(v.Sinks, ","), age(v.Changed), why)
 	}
 	return t.Flush()
@@ -200,7 +200,7 @@ func newVMCommand(g *globals) *cobra.Command {
 	c := &cobra.Command{Use: "vm", Short: "Show virtual machines, and allow or deny them by hand"}
 	var asJSON bool
 	list := &cobra.Command{
-		Use: "list", Short: "List the virtual machines that have keybroker's metadata", Args: cobra.NoArgs,
+		Use: "list", Short: "List the virtual machines that run and have keybroker's metadata, and the denied ones", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			vms, err := g.vms(cmd.Context())
 			if err != nil {
@@ -209,42 +209,50 @@ func newVMCommand(g *globals) *cobra.Command {
 			if asJSON {
 				return writeJSON(g.stdout, vms)
 			}
+			if len(vms) == 0 {
+				_, err := fmt.Fprintln(g.stdout, "no virtual machine with keybroker's metadata runs")
+				return err
+			}
 			return printVMs(g.stdout, vms)
 		},
 	}
 	list.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	show := &cobra.Command{
-		Use: "show VM", Short: "Show everything about one", Args: cobra.ExactArgs(1), ValidArgsFunction: g.completeVM,
+		Use: "show VM", Short: "Show everything about one, whether it runs or not", Args: cobra.ExactArgs(1), ValidArgsFunction: g.completeVM,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			vms, err := g.vms(cmd.Context())
-			if err != nil {
+			var v daemon.VMStatus
+			if err := g.ask(cmd.Context(), http.MethodGet, "/v1/vm/"+escape(args[0]), &v); err != nil {
 				return err
 			}
-			n := slices.IndexFunc(vms, func(v daemon.VMStatus) bool { return v.Name == args[0] || v.UUID == args[0] })
-			if n < 0 {
-				return hintedError{fmt.Errorf("no virtual machine %q with keybroker's metadata", args[0]), "`keybroker vm list` shows them"}
-			}
-			return writeJSON(g.stdout, vms[n])
+			return writeJSON(g.stdout, v)
 		},
 	}
 	var create bool
-	allow := g.vmChange("allow", "Give a running VM a ticket by hand, and end a denial", func() string {
+	allow := g.vmChange("allow", "Give a running VM a ticket by hand, and end a denial", func() (query, done string) {
 		if create {
-			return "?create=1"
+			return "?create=1", "is allowed, and its next release may format a blank disk"
 		}
-		return ""
+		return "", "is allowed"
 	})
 	allow.Flags().BoolVar(&create, "create", false, "it has a new blank disk: its next release may format it")
-	deny := g.vmChange("deny", "Refuse a VM every key until `vm allow`, whatever policy says", func() string { return "" })
+	deny := g.vmChange("deny", "Refuse a VM every key until `vm allow`, whatever policy says", func() (query, done string) {
+		return "", "is denied: it gets no key until it is allowed; what it has already it keeps while it runs"
+	})
 	c.AddCommand(list, show, allow, deny)
 	return c
 }
 
-func (g *globals) vmChange(verb, short string, query func() string) *cobra.Command {
+// vmChange changes something about a VM by a request with this query, and says what was done.
+func (g *globals) vmChange(verb, short string, how func() (query, done string)) *cobra.Command {
 	return &cobra.Command{
 		Use: verb + " VM", Short: short, Args: cobra.ExactArgs(1), ValidArgsFunction: g.completeVM,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return g.ask(cmd.Context(), http.MethodPost, "/v1/vm/"+escape(args[0])+"/"+verb+query(), nil)
+			query, done := how()
+			if err := g.ask(cmd.Context(), http.MethodPost, "/v1/vm/"+escape(args[0])+"/"+verb+query, nil); err != nil {
+				return err
+			}
+			_, err := fmt.Fprintf(g.stdout, "%s %s\n", args[0], done)
+			return err
 		},
 	}
 }

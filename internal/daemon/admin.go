@@ -30,6 +30,7 @@ func (b *Broker) adminRoutes() http.Handler {
 		answerJSON(w, http.StatusOK, b.status())
 	})
 	mux.HandleFunc("GET /v1/explain", b.explain)
+	mux.HandleFunc("GET /v1/vm/{vm}", b.showVM)
 	mux.Handle("GET /metrics", b.metrics.handler())
 	mux.HandleFunc("POST /v1/vm/{vm}/allow", b.change(b.allowVM))
 	mux.HandleFunc("POST /v1/vm/{vm}/deny", b.change(b.denyVM))
@@ -249,6 +250,9 @@ func (b *Broker) denyVM(r *http.Request) error {
 	var unrecorded error
 	_, err = b.changeVM(uuid, func(_ store.Tx, v *vmRecord) (bool, error) {
 		v.Denied = true
+		if x := b.guests.get(uuid); x != nil {
+			v.Name = x.domain.Name
+		}
 		v.Ticket.Revoke()
 		unrecorded = b.appendTicket(uuid, "denied by hand, by "+administratorOf(r), v.Ticket, audit.Durable)
 		return true, nil
@@ -296,12 +300,13 @@ func (b *Broker) warnings(s Status) []string {
 	return w
 }
 
-// vmStatus lists the running domains that have our metadata, or may have, by name.
+// vmStatus lists the running domains that have our metadata, or may have, and those that are off and denied, by name.
 func (b *Broker) vmStatus() []VMStatus {
 	all := append([]VMStatus{}, b.guests.listUnreadable()...)
 	for _, x := range b.guests.list() {
 		all = append(all, x.status())
 	}
+	all = append(all, b.deniedOff(all)...)
 	slices.SortFunc(all, func(a, b VMStatus) int {
 		return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.UUID, b.UUID))
 	})

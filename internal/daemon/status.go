@@ -70,10 +70,11 @@ const (
 	VMReleased = "released" // keys are with its receiver
 	VMRefused  = "refused"
 	VMGaveUp   = "gave-up" // nothing answered within the boot window
+	VMOff      = "off"     // it does not run
 	VMQuiet    = "quiet"   // nothing to give: restored, its vsock unplugged, or done before this broker started
 )
 
-// VMStatus is one domain that has keybroker's metadata.
+// VMStatus is one domain that has keybroker's metadata. Of one that is off it says what the store knows.
 type VMStatus struct {
 	UUID        string    `json:"uuid"`
 	Name        string    `json:"name"`
@@ -92,4 +93,5 @@ type VMStatus struct {
 	Changed     time.Time `json:"changed"`          // since when the state stands
 	Denied      bool      `json:"denied"`           // by `keybroker vm deny`
 	Subject     string    `json:"subject,omitzero"` // an earlier UUID whose keys it inherits
+	Create      []string  `json:"create,omitzero"`  // keys with which the next release may format a blank volume
 }
