@@ -76,11 +76,37 @@ func TestManualAndCompletion(t *testing.T) {
 		if err != nil || !bytes.Contains(page, []byte(".TH")) {
 			t.Errorf("the page of %s: %v", strings.Join(words, " "), err)
 		}
+		for _, want := range []string{".SH EXIT STATUS\n", ".SH FILES\n", ".SH SEE ALSO\n"} {
+			if bytes.Count(page, []byte(want)) != 1 {
+				t.Errorf("the page of %s: %d times %q", strings.Join(words, " "), bytes.Count(page, []byte(want)), want)
+			}
+		}
+		if odd := regexp.MustCompile(`fP(\[=|=""|=0\n).*`).Find(page); odd != nil {
+			t.Errorf("the page of %s: %q", strings.Join(words, " "), odd)
+		}
 	})
 	for _, shell := range []string{"bash", "zsh", "fish"} {
 		status, out, stderr := call(t, "completion", shell)
 		if status != 0 || stderr != "" || !strings.Contains(out, "keybroker") {
 			t.Errorf("completion %s: status %d, %d octets, %s", shell, status, len(out), stderr)
+		}
+	}
+}
+
+// What a flag can be is completed.
+func TestFlagsAreCompleted(t *testing.T) {
+	for line, want := range map[string]string{
+		"init --slot":            "tpm2\npassphrase\n",
+		"serve --log-level":      "debug\ninfo\nwarn\nerror\n",
+		"serve --log-format":     "text\njson\n",
+		"explain --via":          "unix\ntcp\n",
+		"audit query --event":    "release\nrefusal\n",
+		"audit query --tier":     "service\nvm\n",
+		"audit query --decision": "granted\nrefused\n",
+	} {
+		status, out, _ := call(t, append(append([]string{"__complete"}, strings.Fields(line)...), "")...)
+		if status != exitOK || !strings.HasPrefix(out, want) {
+			t.Errorf("%s: status %d, %q, expected %q", line, status, out, want)
 		}
 	}
 }

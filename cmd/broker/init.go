@@ -56,6 +56,7 @@ The same master is the same realm with the same keys on every machine.`,
 		},
 	}
 	c.Flags().StringArrayVar(&f.slots, "slot", nil, "`KIND` of a slot: tpm2 or passphrase; repeat for both")
+	c.RegisterFlagCompletionFunc("slot", cobra.FixedCompletions(config.Kinds(), cobra.ShellCompDirectiveNoFileComp))
 	c.Flags().StringVar(&f.importFile, "import", "", "`FILE` with a master of 32 raw octets, instead of a new one; - is standard input")
 	c.Flags().StringVar(&f.tpm, "tpm", "", "the TPM: a device, or a software TPM's Unix `SOCKET` (default: broker.toml's, or "+tpm2.DefaultPath+")")
 	c.Flags().StringVar(&f.pcrs, "pcrs", defaultPCRs, "`BANK:PCRS` that the tpm2 slot is bound to, as sha256:0+7+11")

@@ -55,6 +55,8 @@ With --state-dir it runs beside the system's own broker, as an ordinary user.`,
 	c.Flags().StringArrayVar(&listen, "listen", nil, "loopback `ADDR:PORT` for services; repeat for more (default 127.0.0.1:7209 and [::1]:7209)")
 	c.Flags().StringVar(&format, "log-format", "", "text or json (default text)")
 	c.Flags().StringVar(&level, "log-level", "", "debug, info, warn or error (default info)")
+	c.RegisterFlagCompletionFunc("log-format", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
+	c.RegisterFlagCompletionFunc("log-level", cobra.FixedCompletions([]string{"debug", "info", "warn", "error"}, cobra.ShellCompDirectiveNoFileComp))
 	return c
 }
 
