@@ -34,7 +34,7 @@ test: ## all that CI runs: vet, staticcheck, unit tests with the race detector, 
 unit: ## the unit tests (no root, no lab)
 	$(GO) test ./...
 
-lab: ## a root shell in a host with everything running; make lab RUN='COMMAND' runs COMMAND there (root or sudo)
+lab: ## a root shell in a host with broker, libvirt and defined VMs; make lab RUN='COMMAND' runs COMMAND there (root or sudo)
 	@e2e/setup.sh 3 >&2
 	@$(MAKE) -s --no-print-directory lab-programs
 	@exec bin/lab $(if $(RUN),run "$$RUN",shell)
@@ -79,6 +79,8 @@ race:
 fuzz:
 	@internal/tools/fuzz.sh 10s
 
+# the units that make install puts in place, of which a host may have enabled any
+INSTALLED_UNITS = $(notdir $(wildcard deploy/systemd/*))
 UNITS       = $(DESTDIR)$(PREFIX)/lib/systemd/system
 SYSUSERS    = $(DESTDIR)$(PREFIX)/lib/sysusers.d
 TMPFILES    = $(DESTDIR)$(PREFIX)/lib/tmpfiles.d
@@ -108,13 +110,15 @@ install: ## install what `make build` built: programs, units, user, libvirt hook
 	bin/keybroker completion fish >$(COMPLETIONS)/fish/vendor_completions.d/keybroker.fish
 	if [ -z '$(DESTDIR)' ]; then systemd-sysusers && systemd-tmpfiles --create keybroker.conf && systemctl daemon-reload; fi
 
-uninstall: ## remove what `make install` installed; keys and policy stay
+uninstall: ## stop the broker and remove what `make install` installed; keys and policy stay
+	if [ -z '$(DESTDIR)' ]; then systemctl disable --now $(INSTALLED_UNITS) || true; fi
 	rm -f $(DESTDIR)$(PREFIX)/bin/keybroker $(DESTDIR)$(PREFIX)/bin/keybroker-agent $(HOOKS)/keybroker
 	rm -f $(addprefix $(UNITS)/,$(notdir $(wildcard deploy/systemd/*)))
 	rm -f $(SYSUSERS)/keybroker.conf $(TMPFILES)/keybroker.conf $(MAN)/keybroker.1 $(MAN)/keybroker-*.1
 	rm -f $(COMPLETIONS)/bash-completion/completions/keybroker $(COMPLETIONS)/zsh/site-functions/_keybroker
 	rm -f $(COMPLETIONS)/fish/vendor_completions.d/keybroker.fish
 	rm -rf $(SHARE)
+	if [ -z '$(DESTDIR)' ]; then systemctl daemon-reload || true; fi
 
 clean: ## remove what was built here; the lab's cache stays
 	rm -rf bin

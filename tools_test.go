@@ -168,3 +168,24 @@ func TestFuzzScript(t *testing.T) {
 
 // fuzzLine is what fuzz.sh says of a target.
 var fuzzLine = regexp.MustCompile(`^fuzz +keybroker/internal/tuple +FuzzEncode +execs: [0-9]+\n$`)
+
+// Where systemd is this host's own, uninstall stops and disables every unit before its file goes.
+func TestUninstallStopsTheBroker(t *testing.T) {
+	units, err := os.ReadDir("deploy/systemd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("make", "-n", "uninstall", "DESTDIR=").CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	stop, rest, _ := strings.Cut(string(out), "\n")
+	for _, u := range units {
+		if !strings.Contains(stop, "systemctl disable --now ") || !strings.Contains(stop, u.Name()) || !strings.Contains(rest, "/systemd/system/"+u.Name()) {
+			t.Errorf("%s: %s", u.Name(), out)
+		}
+	}
+	if lines := strings.Split(strings.TrimSpace(string(out)), "\n"); !strings.Contains(lines[len(lines)-1], "systemctl daemon-reload") {
+		t.Errorf("it ends in %q", lines[len(lines)-1])
+	}
+}
