@@ -88,7 +88,7 @@ func answer(client *http.Client, r *http.Request, at string) ([]byte, error) {
 	defer response.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(response.Body, maxAnswer))
 	if err != nil {
-		return nil, fmt.Errorf("reading the broker's answer: %w", err)
+		return nil, fmt.Errorf("reading the answer of the broker at %s: %w", at, err)
 	}
 	if response.StatusCode/100 == 2 {
 		return body, nil
@@ -97,7 +97,7 @@ func answer(client *http.Client, r *http.Request, at string) ([]byte, error) {
 	if json.Unmarshal(body, &refusal) == nil && refusal.Code != "" {
 		return nil, refusal
 	}
-	return nil, fmt.Errorf("the broker answered with status %d: %s", response.StatusCode, bytes.TrimSpace(body[:min(len(body), 200)]))
+	return nil, fmt.Errorf("the broker at %s answered with status %d: %s", at, response.StatusCode, bytes.TrimSpace(body[:min(len(body), 200)]))
 }
 
 // hungUp is a connection that ended unanswered: systemd listens for a broker that it may not start, or one that just ends.

@@ -59,7 +59,7 @@ func (g *globals) report(findings []finding) error {
 		}
 		fmt.Fprintf(t, "%s\t%s\t%s\n", mark, f.what, f.got)
 		if !f.ok && f.mend != "" {
-			fmt.Fprintf(t, "\t\tmend: %s\n", f.mend)
+			fmt.Fprintf(t, "\t\tmend: %s\n", g.here(f.mend))
 		}
 	}
 	if err := t.Flush(); err != nil {
@@ -318,8 +318,8 @@ func checkBroker(ctx context.Context, g *globals) finding {
 	var s daemon.Status
 	if err := g.ask(ctx, http.MethodGet, "/v1/status", &s); err != nil {
 		f.got = err.Error()
-		if _, missing := exec.LookPath("systemctl"); missing != nil {
-			f.mend = "keybroker serve"
+		if _, missing := exec.LookPath("systemctl"); missing != nil || g.stateDir != "" {
+			f.mend = "`keybroker serve`"
 		}
 		return f
 	}

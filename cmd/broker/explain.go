@@ -76,7 +76,7 @@ func (g *globals) explainPeer(ctx context.Context, query url.Values, asJSON bool
 		}
 	} else {
 		for _, line := range e.Lines {
-			fmt.Fprintln(g.stdout, line)
+			fmt.Fprintln(g.stdout, g.here(line))
 		}
 	}
 	if !e.Allow {

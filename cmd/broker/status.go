@@ -43,6 +43,9 @@ func (g *globals) showStatus(ctx context.Context, asJSON bool) error {
 	if asJSON {
 		return writeJSON(g.stdout, s)
 	}
+	for n, line := range s.Warnings {
+		s.Warnings[n] = g.here(line)
+	}
 	return printStatus(g.stdout, s)
 }
 
@@ -103,7 +106,7 @@ func realmLine(r daemon.RealmStatus) string {
 	if r.Generations > 0 {
 		line += fmt.Sprintf("  generation %d", r.Generations)
 	}
-	if r.OpenedBy != "" {
+	if r.OpenedBy != "" && r.State == "open" {
 		line += "  by slot " + r.OpenedBy
 	}
 	return line
