@@ -63,15 +63,15 @@ func (b *Broker) hypervisorEvent(e libvirt.Event) {
 	}
 }
 
-// reset is the guest's own reboot: no hook is called, and the event may come twice.
+// reset is the guest's own reboot: no hook is called, and the event may come twice within a moment. Its connection is dropped
+// also where it had not used its ticket: nobody is at the other end any more.
 func (b *Broker) reset(uuid string) {
 	x := b.guests.get(uuid)
 	if x == nil {
 		return
 	}
-	if b.ticket(uuid, "reset", (*hypervisor.Ticket).Reset) {
-		x.restart(true)
-	}
+	b.ticket(uuid, "reset", (*hypervisor.Ticket).Reset)
+	x.restart(true)
 }
 
 // unplugged takes the ticket of a guest that has lost its vsock device: its CID may be anybody's from now on.
