@@ -38,7 +38,7 @@ type image struct {
 }
 
 // check says what is wrong with the file's structure: every page that the newest state refers to lies inside the file, is
-// what it must be, sorted, and referred to once, and none of them is on the list of free pages. It reads each of them once.
+// what it must be, sorted, and referred to once, by its first key, and none of them is on the list of free pages. It reads each of them once.
 func check(f *os.File) error {
 	st, err := f.Stat()
 	if err != nil {
@@ -63,7 +63,7 @@ func checkImage(r io.ReaderAt, size uint64) error {
 	}
 	im.seen = make([]bool, im.pages)
 	im.seen[0], im.seen[1] = true, true
-	if err := im.tree(im.root, 0); err != nil {
+	if _, err := im.tree(im.root, 0); err != nil {
 		return err
 	}
 	if im.freelist == noFreelist {
@@ -137,43 +137,48 @@ func (im *image) page(id uint64) ([]byte, error) {
 	return p, nil
 }
 
-func (im *image) tree(id uint64, depth int) error {
+// tree checks a page and all below it, and returns its first key.
+func (im *image) tree(id uint64, depth int) (first []byte, err error) {
 	p, err := im.page(id)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if err := im.node(p, depth); err != nil {
-		return fmt.Errorf("page %d: %w", id, err)
+	if first, err = im.node(p, depth); err != nil {
+		return nil, fmt.Errorf("page %d: %w", id, err)
 	}
-	return nil
+	return first, nil
 }
 
-// node checks a branch or leaf page and what it refers to.
-func (im *image) node(p []byte, depth int) error {
+// node checks a branch or leaf page and what it refers to, and returns its first key. bbolt finds a page by the key that its parent
+// has for it, and keeps the two equal: where they are not, it panics when it writes.
+func (im *image) node(p []byte, depth int) (first []byte, err error) {
 	flags, count := binary.NativeEndian.Uint16(p[8:]), int(binary.NativeEndian.Uint16(p[10:]))
 	switch {
 	case depth > maxDepth:
-		return errors.New("too deep")
+		return nil, errors.New("too deep")
 	case flags != branchFlag && flags != leafFlag:
-		return fmt.Errorf("unexpected kind %#x", flags)
+		return nil, fmt.Errorf("unexpected kind %#x", flags)
 	case flags == branchFlag && count == 0:
-		return errors.New("a branch without children")
+		return nil, errors.New("a branch without children")
 	case headerSize+count*elementSize > len(p):
-		return fmt.Errorf("%d elements do not fit", count)
+		return nil, fmt.Errorf("%d elements do not fit", count)
 	}
 	var last []byte
 	for i := range count {
 		at := headerSize + i*elementSize
 		key, err := im.element(p[at:], flags == branchFlag, depth)
 		if err != nil {
-			return fmt.Errorf("element %d: %w", i, err)
+			return nil, fmt.Errorf("element %d: %w", i, err)
 		}
 		if i > 0 && bytes.Compare(last, key) >= 0 {
-			return fmt.Errorf("element %d is not after the one before it", i)
+			return nil, fmt.Errorf("element %d is not after the one before it", i)
+		}
+		if i == 0 {
+			first = key
 		}
 		last = key
 	}
-	return nil
+	return first, nil
 }
 
 // element checks one element, to which positions in it are relative, and returns its key.
@@ -183,7 +188,11 @@ func (im *image) element(e []byte, branch bool, depth int) ([]byte, error) {
 		if pos+size > uint64(len(e)) {
 			return nil, errors.New("its key is outside of the page")
 		}
-		return e[pos : pos+size], im.tree(u64(e[8:]), depth+1)
+		first, err := im.tree(u64(e[8:]), depth+1)
+		if err == nil && !bytes.Equal(first, e[pos:pos+size]) {
+			err = errors.New("its key is not the first of the page that it refers to")
+		}
+		return e[pos : pos+size], err
 	}
 	flags, pos, size, valueSize := u32(e), uint64(u32(e[4:])), uint64(u32(e[8:])), uint64(u32(e[12:]))
 	if pos+size+valueSize > uint64(len(e)) {
@@ -204,7 +213,8 @@ func (im *image) bucket(v []byte, depth int) error {
 		return errors.New("a bucket's header is cut")
 	}
 	if root := u64(v); root != 0 {
-		return im.tree(root, depth+1)
+		_, err := im.tree(root, depth+1)
+		return err
 	}
 	inline := v[bucketSize:]
 	if len(inline) < headerSize {
@@ -213,7 +223,8 @@ func (im *image) bucket(v []byte, depth int) error {
 	if binary.NativeEndian.Uint16(inline[8:]) != leafFlag {
 		return errors.New("an inline bucket that is no leaf")
 	}
-	return im.node(inline, depth+1)
+	_, err := im.node(inline, depth+1)
+	return err
 }
 
 // free checks the list of free pages against the pages in use. It runs last, and marks what it reads like tree does.

@@ -3,8 +3,10 @@ package store
 import (
 	"bufio"
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -234,4 +236,88 @@ func FuzzCheck(f *testing.F) {
 			t.Errorf("the undamaged file: %v", err)
 		}
 	})
+}
+
+// branches lists where in the file the elements of branch pages have their keys.
+func branches(data []byte) (keys [][2]int) {
+	for page := 2 * os.Getpagesize(); page < len(data); page += os.Getpagesize() {
+		p := data[page:]
+		if binary.NativeEndian.Uint16(p[8:]) != branchFlag {
+			continue
+		}
+		for i := range int(binary.NativeEndian.Uint16(p[10:])) {
+			at := headerSize + i*elementSize
+			key := page + at + int(u32(p[at:]))
+			keys = append(keys, [2]int{key, key + int(u32(p[at+4:]))})
+		}
+	}
+	return keys
+}
+
+// bbolt panics at an update where a branch page has another key for a page than that page's first, also one in the right order.
+func TestKeysOfBranches(t *testing.T) {
+	s, path := openNew(t)
+	err := s.Update(func(tx Tx) error {
+		for i := range 60 {
+			if err := tx.Put("big", fmt.Sprintf("%03d", 2*i), make([]byte, 150)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err := errors.Join(err, s.Close()); err != nil {
+		t.Fatal(err)
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys := branches(data)
+	for _, key := range keys {
+		for at := key[0]; at < key[1]; at++ {
+			data[at] ^= 1
+			if err := checkImage(bytes.NewReader(data), uint64(len(data))); err == nil {
+				t.Errorf("key %q of a branch: taken", data[key[0]:key[1]])
+			}
+			data[at] ^= 1
+		}
+	}
+	if len(keys) < 3 {
+		t.Errorf("%d keys: the test tests nothing", len(keys))
+	}
+}
+
+// Whatever is put and deleted, the check takes the file.
+func TestCheckTakesWhatIsWritten(t *testing.T) {
+	s, path := openNew(t)
+	s.db.NoSync = true
+	r := rand.New(rand.NewPCG(1, 2))
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for round := range 150 {
+		low := r.IntN(1000)
+		err := s.Update(func(tx Tx) (err error) {
+			for n := range 100 {
+				key := strings.Repeat("k", 150) + fmt.Sprintf("%04d", low+r.IntN(200))
+				if round/20%2 == 0 && n%4 != 0 {
+					err = tx.Put("b", key, make([]byte, r.IntN(700)))
+				} else {
+					err = tx.Delete("b", key)
+				}
+				if err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := check(f); err != nil {
+			t.Fatalf("after round %d: %v", round, err)
+		}
+	}
 }
