@@ -38,7 +38,8 @@ type image struct {
 }
 
 // check says what is wrong with the file's structure: every page that the newest state refers to lies inside the file, is
-// what it must be, sorted, and referred to once, by its first key, and none of them is on the list of free pages. It reads each of them once.
+// what it must be, sorted, and referred to once, by its first key, and none of them is on the list of free pages. It reads each
+// of them once.
 func check(f *os.File) error {
 	st, err := f.Stat()
 	if err != nil {

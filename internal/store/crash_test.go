@@ -16,8 +16,12 @@ import (
 	"time"
 )
 
-// The test binary is also the child of TestKillMinusNine.
+// The test binary is also the child of TestKillMinusNine and TestPanicEndsTheProcess.
 func TestMain(m *testing.M) {
+	if path := os.Getenv("KEYBROKER_TEST_PANIC"); path != "" {
+		fmt.Println("goes on", panicking(path))
+		os.Exit(0)
+	}
 	if path := os.Getenv("KEYBROKER_TEST_STORE"); path != "" {
 		fmt.Println("error", countUp(path))
 		os.Exit(1)
@@ -319,5 +323,29 @@ func TestCheckTakesWhatIsWritten(t *testing.T) {
 		if err := check(f); err != nil {
 			t.Fatalf("after round %d: %v", round, err)
 		}
+	}
+}
+
+// panicking makes an update in which bbolt panics, below somebody who recovers from panics.
+func panicking(path string) (recovered any) {
+	defer func() { recovered = recover() }()
+	s, err := Open(path)
+	if err != nil {
+		return err
+	}
+	return s.Update(func(tx Tx) error {
+		tx.tx.OnCommit(func() { panic("a damaged page") })
+		return tx.Put("b", "k", nil)
+	})
+}
+
+// When bbolt panics in an update the process ends and says so, whoever recovers from panics: its locks would stay taken.
+func TestPanicEndsTheProcess(t *testing.T) {
+	child := exec.Command(os.Args[0])
+	child.Env = append(os.Environ(), "KEYBROKER_TEST_PANIC="+filepath.Join(t.TempDir(), "state.db"))
+	out, err := child.CombinedOutput()
+	var status *exec.ExitError
+	if !errors.As(err, &status) || !strings.Contains(string(out), "the state file cannot be written, so this process ends: bbolt panicked: a damaged page") {
+		t.Errorf("%v:\n%s", err, out)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"maps"
+	"runtime/debug"
 	"slices"
 	"sync"
 
@@ -104,8 +105,19 @@ func first(b *bbolt.Bucket) (c *bbolt.Cursor, k, v []byte) {
 	return c, k, v
 }
 
+// endOnPanic ends the process, deferred, when bbolt panics while it writes: it does so over a file that is damaged in a way that
+// check does not see, and keeps its locks. Who recovers from panics, as net/http does, would go on in a broker in which every
+// further update waits for ever. What is committed is safe, and the next start checks the file.
+func endOnPanic() {
+	if r := recover(); r != nil {
+		go panic(fmt.Sprintf("the state file cannot be written, so this process ends: bbolt panicked: %v\n%s", r, debug.Stack()))
+		select {}
+	}
+}
+
 // apply hands what this transaction wrote to bbolt and says whether there was anything.
 func (t Tx) apply() (changed bool, err error) {
+	defer endOnPanic()
 	for bucket, writes := range t.writes {
 		b, err := t.tx.CreateBucketIfNotExists([]byte(bucket))
 		if err != nil {
@@ -141,8 +153,9 @@ func (s *Store) View(fn func(Tx) error) error {
 }
 
 // Update calls fn with a transaction that may write. When fn returns nil, Update returns nil only after everything written is
-// committed and on disk (fsync); when fn fails or panics nothing of it is written. One fn runs at a time, and each sees what
-// those before it wrote; updates that wait at the same time go to disk together. It must not be called inside View or Update.
+// committed and on disk (fsync); when fn fails or panics nothing of it is written. When bbolt itself panics the process ends. One
+// fn runs at a time, and each sees what those before it wrote; updates that wait at the same time go to disk together. It must not
+// be called inside View or Update.
 func (s *Store) Update(fn func(Tx) error) error {
 	g, leads := s.join()
 	if leads {
@@ -186,7 +199,7 @@ func (s *Store) join() (g *group, leads bool) {
 // lead waits for the file, closes the group to newcomers and lets its members run. The function that it returns ends the
 // group if that is still to be done.
 func (s *Store) lead(g *group) func() {
-	tx, err := s.db.Begin(true)
+	tx, err := s.begin()
 	s.mu.Lock()
 	s.next = nil
 	s.mu.Unlock()
@@ -196,6 +209,11 @@ func (s *Store) lead(g *group) func() {
 	}
 	close(g.ready)
 	return func() { _ = g.finish() }
+}
+
+func (s *Store) begin() (*bbolt.Tx, error) {
+	defer endOnPanic()
+	return s.db.Begin(true)
 }
 
 // run calls fn on top of what the members before it wrote. What fn wrote counts only when it returns nil.
@@ -227,6 +245,7 @@ func (g *group) finish() error {
 	g.ended = true
 	g.members.Wait()
 	defer close(g.done)
+	defer endOnPanic()
 	switch {
 	case g.tx == nil:
 	case g.err != nil || !g.changed:
