@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -24,6 +25,7 @@ import (
 
 const (
 	testVM       = "11111111-2222-3333-4444-555555555555"
+	otherVM      = "11111111-2222-3333-4444-000000000000"
 	testVMPolicy = "[[vm]]\nuuid = \"" + testVM + "\"\ntier = \"vm\"\nkeys = [\"disk\"]\n"
 )
 
@@ -124,7 +126,15 @@ func TestDecide(t *testing.T) {
 		claim *inject.Claim
 		live  func(calls int) (hypervisor.Domain, error) // libvirt's word, from call 1 on
 	}
-	const running = 7 // its CID
+	const running = 7                              // its CID
+	meanwhile := func(s *setting, change func()) { // between the record and the key
+		s.live = func(calls int) (hypervisor.Domain, error) {
+			if calls == 2 {
+				change()
+			}
+			return hypervisor.Domain{UUID: testVM, CID: running}, nil
+		}
+	}
 	for _, c := range []struct {
 		name   string
 		change func(*setting)
@@ -132,16 +142,9 @@ func TestDecide(t *testing.T) {
 	}{
 		{"all is well", func(*setting) {}, ""},
 		{"it asks too often", func(s *setting) { s.x.asks = rate.NewLimiter(0, 0) }, inject.CodeBusy},
-		{"another's name", func(s *setting) { s.claim.Subject = "11111111-2222-3333-4444-000000000000" }, inject.CodePeerMismatch},
+		{"another's name", func(s *setting) { s.claim.Subject = otherVM }, inject.CodePeerMismatch},
 		{"its process has ended", func(s *setting) { s.kill() }, inject.CodePeerMismatch},
-		{"its process ends while it is recorded", func(s *setting) {
-			s.live = func(calls int) (hypervisor.Domain, error) {
-				if calls == 2 {
-					s.kill()
-				}
-				return hypervisor.Domain{UUID: testVM, CID: running}, nil
-			}
-		}, inject.CodePeerMismatch},
+		{"its process ends while it is recorded", func(s *setting) { meanwhile(s, s.kill) }, inject.CodePeerMismatch},
 		{"libvirt does not run it", func(s *setting) {
 			s.live = func(int) (hypervisor.Domain, error) { return hypervisor.Domain{}, libvirt.ErrNotRunning }
 		}, inject.CodePeerMismatch},
@@ -169,7 +172,22 @@ func TestDecide(t *testing.T) {
 				return true
 			})
 		}, inject.CodeReceiverTaken},
+		{"its ticket is revoked while it is recorded", func(s *setting) {
+			meanwhile(s, func() { b.ticket(testVM, "test", (*hypervisor.Ticket).Revoke) })
+		}, inject.CodeNoTicket},
+		{"it boots again while it is recorded", func(s *setting) {
+			meanwhile(s, func() { b.ticket(testVM, "test", (*hypervisor.Ticket).Reset) })
+		}, inject.CodeNoTicket},
+		{"the policy drops it while it is recorded", func(s *setting) { meanwhile(s, func() { setPolicy(t, b, "") }) }, inject.CodeNoPolicy},
+		{"the policy drops its key while it is recorded", func(s *setting) {
+			meanwhile(s, func() { setPolicy(t, b, strings.ReplaceAll(testVMPolicy, "disk", "swap")) })
+		}, inject.CodeKeyNotAllowed},
+		{"the policy gives another subject's key while it is recorded", func(s *setting) {
+			meanwhile(s, func() { setPolicy(t, b, testVMPolicy+"subject = \""+otherVM+"\"\n") })
+		}, inject.CodeKeyNotAllowed},
+		{"the policy changes nothing while it is recorded", func(s *setting) { meanwhile(s, func() { setPolicy(t, b, testVMPolicy) }) }, ""},
 		{"denied", func(s *setting) { b.denyVM(byHand("")) }, inject.CodeDenied},
+		{"denied while it is recorded", func(s *setting) { b.allowVM(byHand("")); meanwhile(s, func() { b.denyVM(byHand("")) }) }, inject.CodeDenied},
 		{"the realm is locked", func(s *setting) { b.allowVM(byHand("")); b.realm.lock("a test") }, inject.CodeLocked},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -178,6 +196,8 @@ func TestDecide(t *testing.T) {
 				live:  func(int) (hypervisor.Domain, error) { return hypervisor.Domain{UUID: testVM, CID: running}, nil },
 			}
 			s.x, s.kill = newTestGuest(t, b)
+			rules := b.rules.Load()
+			defer b.rules.Store(rules)
 			c.change(s)
 			calls := 0
 			b.live = func(context.Context, string) (hypervisor.Domain, error) { calls++; return s.live(calls) }
@@ -185,7 +205,7 @@ func TestDecide(t *testing.T) {
 			b.refusals = audit.NewCoalescer(audit.CoalescerConfig{Append: b.audit.Append}) // which has no refusal of before to fold with
 			g, err := s.x.decide(t.Context(), s.claim)
 			if c.want == "" {
-				release := recorded(t, b, audit.Filter{Event: audit.EventRelease})
+				release := recorded(t, b, audit.Filter{Event: audit.EventRelease, Limit: 1})
 				if err != nil || len(g.Keys) != 1 || len(release) != 1 || b.audit.Stats().Synced < release[0].Seq {
 					t.Errorf("%v, %+v, recorded %+v", err, g, release)
 				}
@@ -200,6 +220,16 @@ func TestDecide(t *testing.T) {
 			}
 		})
 	}
+}
+
+// setPolicy puts a policy into force.
+func setPolicy(t *testing.T, b *Broker, text string) {
+	t.Helper()
+	p, err := policy.Parse(policy.File{Name: "policy.toml", Text: []byte(text)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.rules.Store(&loadedPolicy{Policy: p})
 }
 
 // No record, no key.

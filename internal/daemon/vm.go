@@ -69,11 +69,44 @@ func (x *guest) decision(ctx context.Context, c *inject.Claim) (g *inject.Grant,
 	if err := x.live(ctx, c.Subject); err != nil { // once more: it may have ended while the record was written
 		return nil, rule, err
 	}
+	if rule, err := x.still(c, entry, grants); err != nil {
+		return nil, rule, err
+	}
 	g, err = derived(ctx, holder, entry, grants)
 	if err == nil {
 		x.released(c)
 	}
 	return g, rule, err
+}
+
+// still holds what was granted to what is in force now: libvirt may have taken seconds to answer, and who denied the VM meanwhile,
+// or changed the policy, was told that it is done.
+func (x *guest) still(c *inject.Claim, entry *policy.VM, grants []granted) (rule string, err error) {
+	now, rule, err := x.entry(x.b.policy(), c)
+	if err != nil {
+		return rule, err
+	}
+	for _, g := range grants {
+		key, d := now.Key(g.key.Name)
+		if !d.Allow {
+			return rule, decisionRefusal(d)
+		}
+		if now.Subject != entry.Subject || key.Length != g.key.Length {
+			return rule, inject.Refusal{Code: inject.CodeKeyNotAllowed, Reason: "the policy has changed meanwhile", Next: "the guest may ask again"}
+		}
+	}
+	r, err := x.b.vm(x.domain.UUID)
+	if err != nil {
+		return rule, err
+	}
+	changed, err := r.Ticket.Take(hypervisor.Receiver(c.Receiver)) // of a copy: what take did, once more, changes nothing
+	switch {
+	case err != nil:
+		return rule, ticketRefusal(err, x.domain.Name)
+	case changed || !x.boot().SameProcess(r.Ticket.Boot):
+		return rule, refusal(inject.CodeNoTicket, "the ticket has changed meanwhile")
+	}
+	return rule, nil
 }
 
 // live asks libvirt who has this CID now, and the kernel whether the process that we hold still lives.
