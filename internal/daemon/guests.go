@@ -43,6 +43,7 @@ type guest struct {
 	changed time.Time
 	refused *inject.Refusal
 	keys    []string
+	handed  handedOut // the last release
 }
 
 // guests are the running domains that have our metadata, and those of which nobody can tell.

@@ -232,6 +232,39 @@ func setPolicy(t *testing.T, b *Broker, text string) {
 	b.rules.Store(&loadedPolicy{Policy: p})
 }
 
+// An acknowledgement is about the keys that were released, also when the policy has given the VM another subject since.
+func TestAckAfterAnotherSubject(t *testing.T) {
+	b := newTestBroker(t, testVMPolicy, nil)
+	b.live = func(context.Context, string) (hypervisor.Domain, error) {
+		return hypervisor.Domain{UUID: testVM, CID: 7}, nil
+	}
+	x, _ := newTestGuest(t, b)
+	claim := &inject.Claim{Tier: inject.TierVM, Kind: inject.KindNone, Subject: testVM, Receiver: [32]byte{1}, Want: []inject.Want{{Name: "disk"}}}
+	if _, err := x.decide(t.Context(), claim); err != nil {
+		t.Fatal(err)
+	}
+	setPolicy(t, b, testVMPolicy+"subject = \""+otherVM+"\"\n")
+	outcomes := []inject.Outcome{{Name: "disk", Epoch: 1, OK: true, Opened: true}}
+	if err := x.acked(t.Context(), &inject.Claim{Receiver: claim.Receiver, Want: claim.Want}, outcomes); err == nil {
+		t.Error("an acknowledgement of no release is taken")
+	}
+	if err := x.acked(t.Context(), claim, outcomes); err != nil {
+		t.Fatal(err)
+	}
+	for subject, want := range map[string]uint32{testVM: 1, otherVM: 0} {
+		err := b.store.View(func(tx store.Tx) error {
+			e, err := getEpoch(tx, vmEpochKey(subject, "disk"))
+			if e.Opened != want {
+				t.Errorf("subject %s: opened up to epoch %d, expected %d", subject, e.Opened, want)
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // No record, no key.
 func TestDecideWithoutAudit(t *testing.T) {
 	b := newTestBroker(t, testVMPolicy, nil)

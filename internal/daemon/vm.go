@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"keybroker/derive"
@@ -74,7 +75,7 @@ func (x *guest) decision(ctx context.Context, c *inject.Claim) (g *inject.Grant,
 	}
 	g, err = derived(ctx, holder, entry, grants)
 	if err == nil {
-		x.released(c)
+		x.released(c, entry.Subject, grants)
 	}
 	return g, rule, err
 }
@@ -292,9 +293,16 @@ func pins(l *policy.LUKS) *inject.LUKSPins {
 	return &inject.LUKSPins{Cipher: l.Cipher, KeySize: l.KeySize, SectorSize: l.SectorSize}
 }
 
-func (x *guest) released(c *inject.Claim) {
+// handedOut is what a claim got: its acknowledgement is about these keys, whatever the policy says by then.
+type handedOut struct {
+	claim   *inject.Claim
+	subject string
+	grants  []granted
+}
+
+func (x *guest) released(c *inject.Claim, subject string, grants []granted) {
 	x.mu.Lock()
-	x.keys = wantedNames(c)
+	x.keys, x.handed = wantedNames(c), handedOut{c, subject, grants}
 	x.mu.Unlock()
 	x.set(VMReleased, nil)
 	x.b.metrics.released(inject.TierVM)
@@ -322,7 +330,12 @@ func (x *guest) refuse(c *inject.Claim, rule string, r inject.Refusal) inject.Re
 
 // acked takes the receiver's word on what became of its keys.
 func (x *guest) acked(_ context.Context, c *inject.Claim, outcomes []inject.Outcome) error {
-	entry, _ := x.b.policy().VM(x.claims(c.Tier))
+	x.mu.Lock()
+	handed := x.handed
+	x.mu.Unlock()
+	if handed.claim != c {
+		return refusal(inject.CodeMalformed, "not of this VM's last release")
+	}
 	good, sinks := judge(c, outcomes)
 	_, err := x.b.changeVM(x.domain.UUID, func(tx store.Tx, r *vmRecord) (bool, error) {
 		r.Sinks = sinks
@@ -331,7 +344,7 @@ func (x *guest) acked(_ context.Context, c *inject.Claim, outcomes []inject.Outc
 				return false, ticketRefusal(err, x.domain.Name)
 			}
 		}
-		return true, settleEpochs(tx, entry, outcomes)
+		return true, handed.settle(tx, outcomes)
 	})
 	if err != nil {
 		return err
@@ -362,16 +375,13 @@ func judge(c *inject.Claim, outcomes []inject.Outcome) (good bool, sinks []strin
 	return good, sinks
 }
 
-// settleEpochs remembers which epochs were opened: from then on nothing is formatted with them.
-func settleEpochs(tx store.Tx, entry *policy.VM, outcomes []inject.Outcome) error {
+// settle remembers which epochs were opened: from then on nothing is formatted with them.
+func (h handedOut) settle(tx store.Tx, outcomes []inject.Outcome) error {
 	for _, o := range outcomes {
-		if !o.Opened || entry == nil {
+		if !o.Opened || !slices.ContainsFunc(h.grants, func(g granted) bool { return g.key.Name == o.Name && g.epoch == o.Epoch }) {
 			continue
 		}
-		if _, d := entry.Key(o.Name); !d.Allow {
-			continue
-		}
-		at := vmEpochKey(entry.Subject, o.Name)
+		at := vmEpochKey(h.subject, o.Name)
 		e, err := getEpoch(tx, at)
 		if err != nil {
 			return err
