@@ -67,6 +67,7 @@ func (b *Broker) change(f func(*http.Request) error) http.HandlerFunc {
 			answerRefusal(w, inject.Refusal{Code: inject.CodeDenied, Reason: "only root and administrators change things", Next: "run it as root, or add the user to [admin] users in broker.toml"})
 			return
 		}
+		peerOf(r.Context()).changes.Store(true)
 		err := f(r)
 		http.NewResponseController(w).SetWriteDeadline(time.Now().Add(answerTime)) // what it did, which may have waited for the disk, is to be told
 		log := b.log.With("uid", cred.Uid, "request", r.Method+" "+r.URL.Path)

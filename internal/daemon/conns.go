@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"sync"
+	"sync/atomic"
 
 	"keybroker/inject"
 	"keybroker/internal/audit"
@@ -38,12 +39,14 @@ type conns struct {
 	share   func(all int) int     // the strangers' part of all connections
 	them    string                // what refusals call strangers
 	most    int                   // of refusing
+	keep    func(admitted) bool   // whether a connection is let finish when the broker stops
 
 	mu        sync.Mutex
 	open      map[net.Conn]admitted
 	byUID     map[uint32]int        // of open, for each user
 	strangers int                   // of open
 	refusing  map[net.Conn]struct{} // that get nothing but a refusal
+	ending    bool                  // the broker stops
 }
 
 // admitted is whose a connection is, and whether policy did not name him when it was made.
@@ -58,6 +61,7 @@ func newConns(callers *caller.Resolver, limits *config.Limits, named func(uid ui
 	return &conns{
 		callers: callers, limits: limits, named: named, them: "users whom no [[service]] entry names", most: maxRefusing,
 		share: func(all int) int { return max(1, all/strangersShare) },
+		keep:  func(a admitted) bool { return !a.stranger || named(a.uid) },
 		open:  map[net.Conn]admitted{}, byUID: map[uint32]int{}, refusing: map[net.Conn]struct{}{},
 	}
 }
@@ -66,6 +70,7 @@ func newConns(callers *caller.Resolver, limits *config.Limits, named func(uid ui
 func newLocalConns(perCaller int) *conns {
 	c := newConns(nil, &config.Limits{Connections: localConns, ConnectionsPerCaller: perCaller}, func(uid uint32) bool { return uid == 0 })
 	c.share, c.them, c.most = func(int) int { return localOthers }, "users other than root", localRefusing
+	c.keep = func(a admitted) bool { return a.peer.changes.Load() }
 	return c
 }
 
@@ -77,6 +82,8 @@ type peer struct {
 	claims policy.Claims
 	audit  *audit.Caller
 	err    error
+
+	changes atomic.Bool // it asked for a change, and may
 }
 
 func (p *peer) is(who *caller.Caller, via string) {
@@ -157,7 +164,11 @@ func (s *conns) admit(c net.Conn, uid uint32, p *peer) error {
 	case stranger && s.strangers >= s.share(s.limits.Connections):
 		return refusal(inject.CodeBusy, "%s have %d connections open already", s.them, s.strangers)
 	}
-	s.open[c] = admitted{uid, p, stranger}
+	a := admitted{uid, p, stranger}
+	if s.ending && !s.keep(a) {
+		return refusal(inject.CodeBusy, "the broker stops")
+	}
+	s.open[c] = a
 	s.byUID[uid]++
 	if stranger {
 		s.strangers++
@@ -185,11 +196,26 @@ func served(h http.Handler) http.HandlerFunc {
 func (s *conns) linger(c net.Conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.refusing) >= s.most {
+	if len(s.refusing) >= s.most || s.ending {
 		c.Close()
 		return
 	}
 	s.refusing[c] = struct{}{}
+}
+
+// end closes at once, when the broker stops, what gets nothing that is worth waiting for: how long that takes is up to its caller.
+func (s *conns) end() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.ending = true
+	for c := range s.refusing {
+		c.Close()
+	}
+	for c, a := range s.open {
+		if !s.keep(a) {
+			c.Close()
+		}
+	}
 }
 
 // closed is told of every connection's states by net/http, and forgets those that are closed.

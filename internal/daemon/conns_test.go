@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"errors"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -175,5 +176,70 @@ func TestWhoAsksNothingIsNotLookedAt(t *testing.T) {
 	}
 	if now := handles(t); now != before {
 		t.Errorf("%d handles are left", now-before)
+	}
+}
+
+// Neither who gets nothing nor who does not read keeps the broker from stopping.
+func TestStopWaitsForNoStranger(t *testing.T) {
+	var stopping time.Time
+	dial := func(t *testing.T, path string) net.Conn { // it stays open until the broker has stopped
+		c, err := net.Dial("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	t.Run("broker", func(t *testing.T) {
+		var crowd []net.Conn
+		t.Cleanup(func() {
+			for _, c := range crowd {
+				c.Close()
+			}
+		})
+		broker, _, path := startBroker(t, func(b *Broker) {
+			b.cfg.Limits.Connections = strangersShare // one stranger
+			setPolicy(t, b, "")
+		})
+		for _, at := range []string{path, path, path, broker.paths.AdminSocket} { // one is admitted, two are to be refused
+			c := dial(t, at)
+			crowd = append(crowd, c)
+			if _, err := c.Write([]byte("GET / HT")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		reader := dial(t, broker.paths.AdminSocket)
+		crowd = append(crowd, reader)
+		reader.SetDeadline(time.Now().Add(time.Second))
+		for err := error(nil); err == nil; { // until its answers are stuck
+			_, err = reader.Write([]byte(getting("/v1/status")))
+		}
+		stopping = time.Now()
+	})
+	if took := time.Since(stopping); took > 3*time.Second {
+		t.Errorf("stopping took %v", took)
+	}
+}
+
+// What policy names is let finish when the broker stops, and what strangers have is closed, also if it comes later.
+func TestEndClosesStrangers(t *testing.T) {
+	c := newConns(nil, &config.Limits{Connections: 64, ConnectionsPerCaller: 16}, func(uid uint32) bool { return uid == 1 })
+	is := func(open net.Conn) bool { // a pipe whose other end is closed tells
+		_, err := open.Read(make([]byte, 1))
+		return !errors.Is(err, io.ErrClosedPipe)
+	}
+	named, strangers := crowdOf(t, c, 2, 1), crowdOf(t, c, 2, 2)
+	c.end()
+	for _, open := range named {
+		if !is(open) {
+			t.Error("a connection that policy names is closed")
+		}
+	}
+	for _, open := range strangers {
+		if is(open) {
+			t.Error("a stranger's connection is open")
+		}
+	}
+	if n := len(crowdOf(t, c, 2, 1, 2)); n != 2 {
+		t.Errorf("%d connections are admitted at the end, expected 2", n)
 	}
 }

@@ -246,8 +246,8 @@ func (b *Broker) serve(ctx context.Context, l *listeners, from passed, reload <-
 	b.guests.endAll()
 	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTime)
 	defer cancel()
-	for _, s := range append(services, servers...) {
-		s.stop(drain)
+	for _, s := range append(services, servers...) { // at once: none is to use up the time of another
+		parts.Go(func() { s.stop(drain) })
 	}
 	parts.Wait()
 	if err := b.recordEvent(audit.EventStop, ""); err != nil {
@@ -275,8 +275,10 @@ type server struct {
 // servers are those for services, and those for the host's administrators.
 func (b *Broker) servers(l *listeners) (services, local []*server) {
 	services = []*server{{b.services.server(policy.ViaUnix), l.unix}, {b.services.server(policy.ViaTCP), l.tcp}}
+	hook := newLocalConns(localConns)
+	hook.keep = func(admitted) bool { return true } // libvirt waits
 	local = []*server{
-		{b.local(b.hookRoutes(), newLocalConns(localConns)), []net.Listener{l.hook}},
+		{b.local(b.hookRoutes(), hook), []net.Listener{l.hook}},
 		{b.local(b.adminRoutes(), newLocalConns(localPerCaller)), []net.Listener{l.admin}},
 	}
 	return services, local
@@ -284,11 +286,13 @@ func (b *Broker) servers(l *listeners) (services, local []*server) {
 
 // local is a server for the sockets that only this host's administrators, and who may read status, reach.
 func (b *Broker) local(h http.Handler, c *conns) *http.Server {
-	return &http.Server{
+	s := &http.Server{
 		Handler: served(h), ReadTimeout: 10 * time.Second, WriteTimeout: b.services.patience, IdleTimeout: time.Minute, MaxHeaderBytes: 8 << 10,
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context { return withPeer(c.identify(ctx, conn), conn) },
 		ConnState:   c.closed, ErrorLog: slog.NewLogLogger(b.log.Handler(), slog.LevelDebug),
 	}
+	s.RegisterOnShutdown(c.end)
+	return s
 }
 
 func (s *server) run(fail context.CancelCauseFunc) {
