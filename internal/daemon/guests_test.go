@@ -222,16 +222,6 @@ func TestDecide(t *testing.T) {
 	}
 }
 
-// setPolicy puts a policy into force.
-func setPolicy(t *testing.T, b *Broker, text string) {
-	t.Helper()
-	p, err := policy.Parse(policy.File{Name: "policy.toml", Text: []byte(text)})
-	if err != nil {
-		t.Fatal(err)
-	}
-	b.rules.Store(&loadedPolicy{Policy: p})
-}
-
 // An acknowledgement is about the keys that were released, also when the policy has given the VM another subject since.
 func TestAckAfterAnotherSubject(t *testing.T) {
 	b := newTestBroker(t, testVMPolicy, nil)
