@@ -102,7 +102,8 @@ func answer(client *http.Client, r *http.Request, at string) ([]byte, error) {
 
 // hungUp is a connection that ended unanswered: systemd listens for a broker that it may not start, or one that just ends.
 func hungUp(err error) bool {
-	return errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
+	return errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
+		strings.Contains(err.Error(), "server closed idle connection") // before the request was written; net/http exports no such error
 }
 
 // unreachable says what it means that a socket, or an address, does not answer.

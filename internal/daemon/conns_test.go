@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"keybroker/inject"
 	"keybroker/internal/config"
