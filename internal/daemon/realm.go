@@ -49,6 +49,8 @@ type realm struct {
 	opened func()                                       // called whenever the realm has been opened
 	openUp chan struct{}                                // asks run to try the slots again
 
+	byHand sync.Mutex // held by lock until all of it is done, so that tryAgain comes before or after it; taken before mu
+
 	mu      sync.RWMutex
 	holder  *derive.Holder
 	opening *opening // nil: none is under way
@@ -387,6 +389,8 @@ func (r *realm) follow(report io.Reader, waiting func()) (last OpenerReport) {
 // lock ends the keyholder, an attempt to open the realm that is under way, and the copy that systemd keeps. When it returns
 // nothing answers any more, whoever is waiting; only tryAgain opens the realm. It locks also when the audit fails, and says so.
 func (r *realm) lock(by string) error {
+	r.byHand.Lock()
+	defer r.byHand.Unlock()
 	r.mu.Lock()
 	h, o := r.holder, r.opening
 	r.holder, r.shut, r.stored = nil, true, false
@@ -409,8 +413,11 @@ func (r *realm) lock(by string) error {
 	return nil
 }
 
-// tryAgain lets run try the slots, after a lock or a failure. An open realm has nothing to try.
+// tryAgain lets run try the slots, after a lock or a failure. An open realm has nothing to try. It waits for
+// a lock that is under way, which would take the new page out of systemd's store, and be recorded after what undid it.
 func (r *realm) tryAgain() {
+	r.byHand.Lock()
+	defer r.byHand.Unlock()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.holder == nil {

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"keybroker/derive"
 	"keybroker/inject"
@@ -145,6 +146,36 @@ func TestLockEndsAnAttempt(t *testing.T) {
 	}
 	if got, want := events(), []audit.Event{audit.EventLock, audit.EventLock}; !slices.Equal(got, want) {
 		t.Errorf("the audit has %v, want %v", got, want)
+	}
+}
+
+// An unlock that comes while the realm is being locked begins when the lock is done and recorded.
+func TestUnlockWaitsForLock(t *testing.T) {
+	r, _ := newTestRealm(t)
+	recording, release, locked, again := make(chan struct{}), make(chan struct{}), make(chan error, 1), make(chan struct{})
+	r.events = func(audit.Event, string) error {
+		close(recording)
+		<-release
+		return nil
+	}
+	go func() { locked <- r.lock("a test") }()
+	<-recording
+	go func() {
+		r.tryAgain()
+		close(again)
+	}()
+	select {
+	case <-again:
+		t.Error("the realm may be opened before the lock is recorded")
+	case <-time.After(50 * time.Millisecond): // long enough to see it where it does not wait
+	}
+	close(release)
+	<-again
+	if err := <-locked; err != nil {
+		t.Error(err)
+	}
+	if r.shut || len(r.openUp) != 1 {
+		t.Error("the unlock is lost")
 	}
 }
 
