@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -200,13 +201,31 @@ func takeOr(files []*os.File, path string, mode fs.FileMode) (net.Listener, erro
 	return x, nil
 }
 
+// dyingTime is how long a socket may be served yet by a process that ends: the opener of a broker that was killed outlives it by a
+// moment.
+const dyingTime = 2 * time.Second
+
+// unserved says whether nobody listens on a socket, or nobody any more within dyingTime.
+func unserved(path string) bool {
+	for end := time.Now().Add(dyingTime); ; time.Sleep(50 * time.Millisecond) {
+		c, err := net.Dial("unix", path)
+		if err == nil {
+			c.Close()
+		} else if !errors.Is(err, unix.EAGAIN) { // a full queue is somebody's
+			return true
+		}
+		if time.Now().After(end) {
+			return false
+		}
+	}
+}
+
 // listenUnix makes a socket with exactly this mode from its first moment on, in place of a dead one.
 func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, fmt.Errorf("making the folder of a socket: %w", err)
 	}
-	if c, err := net.Dial("unix", path); err == nil {
-		c.Close()
+	if !unserved(path) {
 		return nil, fmt.Errorf("another process serves %s: stop it, or use --state-dir for a second broker", path)
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
