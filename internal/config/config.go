@@ -65,6 +65,9 @@ type Log struct {
 	JSON  bool       // zero: text
 }
 
+// MinConnections is the least that [limits] connections may be: users whom policy does not name have an eighth of them.
+const MinConnections = 8
+
 // Limits is the table [limits]. None is ever zero.
 type Limits struct {
 	Connections          int           // open connections of all services together
@@ -280,7 +283,7 @@ func (c *Config) readLog(t *tomlfile.Table) {
 }
 
 func (c *Config) readLimits(t *tomlfile.Table) {
-	t.Int("connections", &c.Limits.Connections, 1, 1<<20)
+	t.Int("connections", &c.Limits.Connections, MinConnections, 1<<20)
 	t.Int("connections_per_caller", &c.Limits.ConnectionsPerCaller, 1, 1<<20)
 	t.Duration("header_timeout", &c.Limits.HeaderTimeout, 100*time.Millisecond, time.Minute)
 	t.Duration("idle_timeout", &c.Limits.IdleTimeout, time.Second, time.Hour)

@@ -117,7 +117,7 @@ func TestMistakes(t *testing.T) {
 		{"[admin]\nusers = ['']", `"users" in [admin]: expected names or numbers of users, got ""`},
 		{"[admin]\ngroup = 'wheel'", `broker.toml:2: unknown key "group" in [admin]`}, // the socket's own group decides
 		{"[log]\nlevel = 'loud'", `"level" in [log]: expected one of "debug", "info", "warn", "error"`},
-		{"[limits]\nconnections = 0", `"connections" in [limits]: expected a whole number from 1 to 1048576`},
+		{"[limits]\nconnections = 7", `"connections" in [limits]: expected a whole number from 8 to 1048576`},
 		{"[Audit]\nsync = 'always'", `broker.toml:1: unknown key "Audit"; did you mean "audit"`},
 		{"[audit]\nsink = 'always'", `broker.toml:2: unknown key "sink" in [audit]; did you mean "sync"`},
 		{"passphrase = 'x'", `broker.toml:1: unknown key "passphrase"`},
@@ -247,7 +247,7 @@ func FuzzParse(f *testing.F) {
 			}
 		}
 		if len(c.Slots) == 0 || c.VM.BootWindow <= 0 || c.Audit.MaxFile <= 0 || c.Audit.Reserve <= 0 || c.TPM == "" ||
-			c.Limits.Connections <= 0 || c.Limits.HeaderTimeout <= 0 || c.Realm != "" && len(c.Realm) != 32 {
+			c.Limits.Connections < MinConnections || c.Limits.HeaderTimeout <= 0 || c.Realm != "" && len(c.Realm) != 32 {
 			t.Fatalf("a setting that is never zero is: %+v", c)
 		}
 	})

@@ -20,7 +20,7 @@ const (
 	// maxRefusing is how many connections may wait to be told why they get nothing.
 	maxRefusing = 1024
 	// strangersShare is the part of all connections, one in so many, that users whom policy does not name have together.
-	strangersShare = 8
+	strangersShare = config.MinConnections
 
 	// Connections of the admin socket, and as many of the hook's.
 	localConns     = 128
@@ -60,7 +60,7 @@ type admitted struct {
 func newConns(callers *caller.Resolver, limits *config.Limits, named func(uid uint32) bool) *conns {
 	return &conns{
 		callers: callers, limits: limits, named: named, them: "users whom no [[service]] entry names", most: maxRefusing,
-		share: func(all int) int { return max(1, all/strangersShare) },
+		share: func(all int) int { return all / strangersShare },
 		keep:  func(a admitted) bool { return !a.stranger || named(a.uid) },
 		open:  map[net.Conn]admitted{}, byUID: map[uint32]int{}, refusing: map[net.Conn]struct{}{},
 	}
