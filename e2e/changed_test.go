@@ -60,7 +60,7 @@ func TestChangedDomain(outer *testing.T) {
 		g.expect(from, "ready:")
 		opened(g)
 		g.virsh("destroy") // and is gone
-		g.until("gone", func(v daemon.VMStatus) bool { return v.UUID == "" })
+		g.until("gone", func(v daemon.VMStatus) bool { return v.State == daemon.VMOff })
 	})
 	must("transient", func(t *testing.T, g *guest) {
 		g.reboots(func() { sh(ctx, t, "virsh -q create "+g.Dir()+"/domain.xml") })

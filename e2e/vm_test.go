@@ -183,7 +183,7 @@ func TestVM(t *testing.T) {
 		if got := g.releases(); got != releases {
 			t.Errorf("the audit has %d releases after a restore, expected %d", got, releases)
 		}
-		if v := g.until("seen", func(v daemon.VMStatus) bool { return v.State != daemon.VMOff }); strings.HasPrefix(v.Ticket, "unused") {
+		if v := g.until("seen", func(v daemon.VMStatus) bool { return v.State != "" && v.State != daemon.VMOff }); strings.HasPrefix(v.Ticket, "unused") {
 			t.Errorf("a restored guest has the ticket %q", v.Ticket)
 		}
 	})
