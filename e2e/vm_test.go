@@ -84,6 +84,9 @@ func (g *guest) shown() (v daemon.VMStatus) {
 	return v
 }
 
+// runs says whether status has the guest as one that runs.
+func runs(v daemon.VMStatus) bool { return v.State != "" && v.State != daemon.VMOff }
+
 // until waits until status says of the guest what ok wants.
 func (g *guest) until(what string, ok func(daemon.VMStatus) bool) daemon.VMStatus {
 	g.t.Helper()
@@ -183,7 +186,7 @@ func TestVM(t *testing.T) {
 		if got := g.releases(); got != releases {
 			t.Errorf("the audit has %d releases after a restore, expected %d", got, releases)
 		}
-		if v := g.until("seen", func(v daemon.VMStatus) bool { return v.State != "" && v.State != daemon.VMOff }); strings.HasPrefix(v.Ticket, "unused") {
+		if v := g.until("seen", func(v daemon.VMStatus) bool { return runs(v) }); strings.HasPrefix(v.Ticket, "unused") {
 			t.Errorf("a restored guest has the ticket %q", v.Ticket)
 		}
 	})
