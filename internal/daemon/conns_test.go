@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"keybroker/inject"
 	"keybroker/internal/config"
@@ -176,6 +177,47 @@ func TestWhoAsksNothingIsNotLookedAt(t *testing.T) {
 	}
 	if now := handles(t); now != before {
 		t.Errorf("%d handles are left", now-before)
+	}
+}
+
+// Neither who gets nothing nor who does not read keeps the broker from stopping.
+func TestStopWaitsForNoStranger(t *testing.T) {
+	var stopping time.Time
+	dial := func(t *testing.T, path string) net.Conn { // it stays open until the broker has stopped
+		c, err := net.Dial("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	t.Run("broker", func(t *testing.T) {
+		var crowd []net.Conn
+		t.Cleanup(func() {
+			for _, c := range crowd {
+				c.Close()
+			}
+		})
+		broker, _, path := startBroker(t, func(b *Broker) {
+			b.cfg.Limits.Connections = strangersShare // one stranger
+			setPolicy(t, b, "")
+		})
+		for _, at := range []string{path, path, path, broker.paths.AdminSocket} { // one is admitted, two are to be refused
+			c := dial(t, at)
+			crowd = append(crowd, c)
+			if _, err := c.Write([]byte("GET / HT")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		reader := dial(t, broker.paths.AdminSocket)
+		crowd = append(crowd, reader)
+		reader.SetDeadline(time.Now().Add(time.Second))
+		for err := error(nil); err == nil; { // until its answers are stuck
+			_, err = reader.Write([]byte(getting("/v1/status")))
+		}
+		stopping = time.Now()
+	})
+	if took := time.Since(stopping); took > 3*time.Second {
+		t.Errorf("stopping took %v", took)
 	}
 }
 

@@ -246,8 +246,8 @@ func (b *Broker) serve(ctx context.Context, l *listeners, from passed, reload <-
 	b.guests.endAll()
 	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTime)
 	defer cancel()
-	for _, s := range append(services, servers...) {
-		s.stop(drain)
+	for _, s := range append(services, servers...) { // at once: none is to use up the time of another
+		parts.Go(func() { s.stop(drain) })
 	}
 	parts.Wait()
 	if err := b.recordEvent(audit.EventStop, ""); err != nil {
