@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"keybroker/inject"
 	"keybroker/internal/audit"
@@ -46,7 +47,7 @@ type conns struct {
 	byUID     map[uint32]int        // of open, for each user
 	strangers int                   // of open
 	refusing  map[net.Conn]struct{} // that get nothing but a refusal
-	ending    bool                  // the broker stops
+	ending    atomic.Bool           // the broker stops; set with mu held
 }
 
 // admitted is whose a connection is, and whether policy did not name him when it was made.
@@ -83,8 +84,15 @@ type peer struct {
 	audit  *audit.Caller
 	err    error
 
-	changes atomic.Bool // it asked for a change, and may
+	changes atomic.Bool  // it asked for a change, and may
+	state   atomic.Int32 // connNew, connBusy or connIdle
 }
+
+const (
+	connNew  = iota // nothing was asked yet
+	connBusy        // a request is being answered
+	connIdle        // none is
+)
 
 func (p *peer) is(who *caller.Caller, via string) {
 	unit := who.Unit()
@@ -165,7 +173,7 @@ func (s *conns) admit(c net.Conn, uid uint32, p *peer) error {
 		return refusal(inject.CodeBusy, "%s have %d connections open already", s.them, s.strangers)
 	}
 	a := admitted{uid, p, stranger}
-	if s.ending && !s.keep(a) {
+	if s.ending.Load() && !s.keep(a) {
 		return refusal(inject.CodeBusy, "the broker stops")
 	}
 	s.open[c] = a
@@ -191,23 +199,53 @@ func served(h http.Handler) http.HandlerFunc {
 	}
 }
 
+// finishing lets h answer, and marks the connection as busy meanwhile. A request that the broker's end meets is the last of its
+// connection, and is answered although finish has closed the half that is read, which net/http takes for a caller who is gone.
+func (s *conns) finishing(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		p := peerOf(r.Context())
+		p.state.Store(connBusy)
+		defer p.state.Store(connIdle)
+		if s.ending.Load() {
+			w.Header().Set("Connection", "close")
+			r = r.WithContext(context.WithoutCancel(r.Context()))
+		}
+		h.ServeHTTP(w, r)
+	})
+}
+
 // linger keeps a connection that gets nothing open until its first request is answered with the reason. When there are many
 // such it is closed instead: whoever opens them faster than they run into their deadline must not use up the descriptors.
 func (s *conns) linger(c net.Conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.refusing) >= s.most || s.ending {
+	if len(s.refusing) >= s.most || s.ending.Load() {
 		c.Close()
 		return
 	}
 	s.refusing[c] = struct{}{}
 }
 
-// end closes at once, when the broker stops, what gets nothing that is worth waiting for: how long that takes is up to its caller.
+// finish ends all connections without losing a request, when no more come. What gets nothing that is worth waiting for is closed
+// at once: how long that takes is up to its caller.
+func (s *conns) finish(ctx context.Context) {
+	s.end()
+	fresh := time.Now().Add(freshTime)
+	tick := time.NewTicker(finishPoll)
+	defer tick.Stop()
+	for s.hangUp(time.Now().After(fresh)) > 0 {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
 func (s *conns) end() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.ending = true
+	s.ending.Store(true)
 	for c := range s.refusing {
 		c.Close()
 	}
@@ -216,6 +254,23 @@ func (s *conns) end() {
 			c.Close()
 		}
 	}
+}
+
+// hangUp closes the half that is read of those connections that are idle, and of those that never asked if they had their time. What
+// has arrived there already is still read and answered; what is sent later fails at the sender's, who knows that nobody got it. It
+// returns how many connections are left.
+func (s *conns) hangUp(all bool) (left int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for c, a := range s.open {
+		if state := a.peer.state.Load(); state == connBusy || state == connNew && !all {
+			continue
+		}
+		if c, ok := c.(interface{ CloseRead() error }); ok {
+			c.CloseRead()
+		}
+	}
+	return len(s.open)
 }
 
 // closed is told of every connection's states by net/http, and forgets those that are closed.

@@ -216,16 +216,10 @@ func (b *Broker) serve(ctx context.Context, l *listeners, from passed, reload <-
 	ready := make(chan struct{})
 	services, servers := b.servers(l)
 	for _, s := range services {
-		parts.Go(func() {
-			select { // who asks while the realm is being opened waits in the socket
-			case <-ready:
-			case <-ctx.Done():
-			}
-			s.run(fail)
-		})
+		parts.Go(func() { s.run(ctx, ready, fail) }) // who asks while the realm is being opened waits in the socket
 	}
 	for _, s := range servers {
-		parts.Go(func() { s.run(fail) })
+		parts.Go(func() { s.run(ctx, nil, fail) })
 	}
 	parts.Go(func() {
 		err := b.realm.run(ctx, from.first(fdPage), func() {
@@ -266,50 +260,22 @@ func (p passed) first(name string) *os.File {
 	return nil
 }
 
-// server is one http.Server and the listeners that it serves.
-type server struct {
-	http      *http.Server
-	listeners []net.Listener
-}
-
 // servers are those for services, and those for the host's administrators.
 func (b *Broker) servers(l *listeners) (services, local []*server) {
-	services = []*server{{b.services.server(policy.ViaUnix), l.unix}, {b.services.server(policy.ViaTCP), l.tcp}}
+	mine := b.services.conns
+	services = []*server{newServer(b.services.server(policy.ViaUnix), mine, l.unix...), newServer(b.services.server(policy.ViaTCP), mine, l.tcp...)}
 	hook := newLocalConns(localConns)
 	hook.keep = func(admitted) bool { return true } // libvirt waits
-	local = []*server{
-		{b.local(b.hookRoutes(), hook), []net.Listener{l.hook}},
-		{b.local(b.adminRoutes(), newLocalConns(localPerCaller)), []net.Listener{l.admin}},
-	}
+	admin := newLocalConns(localPerCaller)
+	local = []*server{newServer(b.local(b.hookRoutes()), hook, l.hook), newServer(b.local(b.adminRoutes()), admin, l.admin)}
 	return services, local
 }
 
 // local is a server for the sockets that only this host's administrators, and who may read status, reach.
-func (b *Broker) local(h http.Handler, c *conns) *http.Server {
-	s := &http.Server{
+func (b *Broker) local(h http.Handler) *http.Server {
+	return &http.Server{
 		Handler: served(h), ReadTimeout: 10 * time.Second, WriteTimeout: b.services.patience, IdleTimeout: time.Minute, MaxHeaderBytes: 8 << 10,
-		ConnContext: func(ctx context.Context, conn net.Conn) context.Context { return withPeer(c.identify(ctx, conn), conn) },
-		ConnState:   c.closed, ErrorLog: slog.NewLogLogger(b.log.Handler(), slog.LevelDebug),
-	}
-	s.RegisterOnShutdown(c.end)
-	return s
-}
-
-func (s *server) run(fail context.CancelCauseFunc) {
-	var parts sync.WaitGroup
-	for _, l := range s.listeners {
-		parts.Go(func() {
-			if err := s.http.Serve(l); err != nil && !errors.Is(err, http.ErrServerClosed) {
-				fail(fmt.Errorf("serving %s: %w", l.Addr(), err))
-			}
-		})
-	}
-	parts.Wait()
-}
-
-func (s *server) stop(ctx context.Context) {
-	if s.http.Shutdown(ctx) != nil {
-		s.http.Close()
+		ConnContext: withPeer, ErrorLog: slog.NewLogLogger(b.log.Handler(), slog.LevelDebug),
 	}
 }
 

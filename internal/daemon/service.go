@@ -97,14 +97,12 @@ func serviceEpochs(from *store.Store) (map[string]epochRecord, error) {
 // server makes the HTTP server of one door. A request has as long for all of it as for its header: none has a body.
 func (s *services) server(via string) *http.Server {
 	l := s.b.cfg.Limits
-	server := &http.Server{
+	return &http.Server{
 		Handler:           http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { s.route(w, r, via) }),
 		ReadHeaderTimeout: l.HeaderTimeout, ReadTimeout: l.HeaderTimeout, WriteTimeout: s.patience, IdleTimeout: l.IdleTimeout,
 		MaxHeaderBytes: 8 << 10,
-		ConnContext:    s.conns.identify, ConnState: s.conns.closed, ErrorLog: slog.NewLogLogger(s.b.log.Handler(), slog.LevelDebug),
+		ErrorLog:       slog.NewLogLogger(s.b.log.Handler(), slog.LevelDebug),
 	}
-	server.RegisterOnShutdown(s.conns.end)
-	return server
 }
 
 // route does what a ServeMux would for two routes, and leaves out what takes one time: it matches, and neither redirects nor

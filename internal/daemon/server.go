@@ -1,0 +1,73 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+)
+
+const (
+	// freshTime is how long a connection that was made before the broker was told to stop may take until its first request.
+	freshTime = 2 * time.Second
+	// finishPoll is how often a stopping server looks which of its connections have become idle.
+	finishPoll = 5 * time.Millisecond
+)
+
+// server is one http.Server, the listeners that it serves, and the connections of its callers.
+type server struct {
+	http      *http.Server
+	listeners []net.Listener
+	conns     *conns
+	accepted  chan struct{} // closed when no more connections come
+}
+
+func newServer(h *http.Server, c *conns, listeners ...net.Listener) *server {
+	h.Handler = c.finishing(h.Handler)
+	before := h.ConnContext
+	h.ConnContext = func(ctx context.Context, conn net.Conn) context.Context {
+		ctx = c.identify(ctx, conn)
+		if before != nil {
+			ctx = before(ctx, conn)
+		}
+		return ctx
+	}
+	h.ConnState = c.closed
+	return &server{h, listeners, c, make(chan struct{})}
+}
+
+// run serves from when ready is closed until the listeners are; with no ready, at once.
+func (s *server) run(ctx context.Context, ready <-chan struct{}, fail context.CancelCauseFunc) {
+	defer close(s.accepted)
+	if ready != nil {
+		select {
+		case <-ready:
+		case <-ctx.Done():
+			return
+		}
+	}
+	var parts sync.WaitGroup
+	for _, l := range s.listeners {
+		parts.Go(func() {
+			if err := s.http.Serve(l); err != nil && !errors.Is(err, net.ErrClosed) {
+				fail(fmt.Errorf("serving %s: %w", l.Addr(), err))
+			}
+		})
+	}
+	parts.Wait()
+}
+
+// stop answers every request that has come, and lets who comes later wait in the socket, where systemd holds it, for the next
+// broker. net/http's Shutdown alone does not: it hangs up on a request that it reads after it was called, and on one that
+// arrives on an idle connection in the moment in which it closes that.
+func (s *server) stop(ctx context.Context) {
+	for _, l := range s.listeners {
+		l.Close()
+	}
+	<-s.accepted
+	s.conns.finish(ctx)
+	s.http.Close()
+}
