@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"os"
 	"os/exec"
@@ -53,34 +54,79 @@ func TestTailIsTheLastLines(t *testing.T) {
 	}
 }
 
-func TestAnotherHostVMDoesTheRest(t *testing.T) {
-	vm := &hostVM{dir: t.TempDir(), mode: "test"}
-	if err := os.Mkdir(vm.out(""), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	write := func(name, content string) {
-		if err := os.WriteFile(vm.out(name), []byte(content), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	write("output.log", "=== RUN   TestA\n--- PASS: TestA (1.00s)\n    --- PASS: TestA/b (0.10s)\n--- PASS: TestC (2.00s)\n=== RUN   TestD\n")
-	if !vm.mayRepeat(true) {
-		t.Error("a host VM that ended by itself is not repeated")
-	}
-	if skip, err := os.ReadFile(vm.out(".skip")); string(skip) != "^(TestA|TestC)$" {
-		t.Errorf("skipped: %s, %v", skip, err)
-	}
-	write("output.log", "--- PASS: TestA (1.00s)\n--- FAIL: TestC (2.00s)\n=== RUN   TestD\n")
-	if vm.mayRepeat(true) {
-		t.Error("repeated after a failure")
-	}
-	vm.mode = "run"
+func TestWhatIsRepeated(t *testing.T) {
+	vm := &hostVM{dir: t.TempDir(), mode: "run"}
 	if vm.mayRepeat(true) || !vm.mayRepeat(false) {
 		t.Error("a user's command is repeated once it was started, or not before")
 	}
-	write(".status", "0\n")
+	vm.mode = "demo"
+	if !vm.mayRepeat(true) {
+		t.Error("a demonstration whose host VM ended by itself is not repeated")
+	}
+	if err := os.MkdirAll(vm.path("out"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(vm.path(vm.out(".status")), []byte("0\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
 	if vm.mayRepeat(false) {
 		t.Error("repeated after its end")
+	}
+}
+
+// talk is a host VM's side of the port: what it prints, and what it is told.
+func talk(t *testing.T, s *suite, prints string) (told string) {
+	t.Helper()
+	vm := &hostVM{dir: t.TempDir(), mode: "test", progress: s.out}
+	if err := os.Mkdir(vm.path("out"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	var to strings.Builder
+	if err := vm.converse(t.Context(), s, &to, bufio.NewReader(strings.NewReader(prints))); err != nil {
+		t.Error(err)
+	}
+	return to.String()
+}
+
+// Tests that have ended are not begun again, whatever became of them; one in which the host VM ended is, and not for ever.
+func TestSuite(t *testing.T) {
+	var shown bytes.Buffer
+	s := &suite{repeat: true, out: &shown, left: []string{"^TestA$", "^TestB$", "^TestC$"}, begun: map[string]int{}}
+	if told := talk(t, s, "a passes\nPASS\n\x1e0\nb fails\n\x1e1\nc is cut"); told != "^TestA$\n^TestB$\n^TestC$\n" {
+		t.Errorf("the first host VM was told %q", told)
+	}
+	if told := talk(t, s, "c is cut again\n"); told != "^TestC$\n" {
+		t.Errorf("the second host VM was told %q", told)
+	}
+	if told := talk(t, s, "c passes\n\x1e0\n"); told != "^TestC$\n\n" {
+		t.Errorf("the third host VM was told %q, expected the last test and the end", told)
+	}
+	if got := shown.String(); !strings.Contains(got, "a passes\nb fails\n") || !strings.Contains(got, "c passes\n") {
+		t.Errorf("shown: %s", got)
+	}
+	if status, err := s.result(); status != exitFailed || err == nil || err.Error() != "2 tests passed, 1 failed: ^TestB$" {
+		t.Errorf("%d, %v", status, err)
+	}
+
+	s = &suite{repeat: true, out: &shown, left: []string{"^TestA$"}, begun: map[string]int{}}
+	for n := 0; s.more(); n++ {
+		if n == 9 {
+			t.Fatal("a test in which the host VM always ends is begun for ever")
+		}
+		talk(t, s, "")
+	}
+	if status, err := s.result(); status != exitFailed || err == nil {
+		t.Errorf("a test that never ended: %d, %v", status, err)
+	}
+	s = &suite{out: &shown, begun: map[string]int{}}
+	if status, err := s.result(); status != 0 || err != nil {
+		t.Errorf("no failure: %d, %v", status, err)
+	}
+}
+
+func TestPatternIsTakenOut(t *testing.T) {
+	if others, pattern := chosen([]string{"-kill=all", "-test.run=^TestA$/b"}); !slices.Equal(others, []string{"-kill=all"}) || pattern != "^TestA$/b" {
+		t.Errorf("%q, %q", others, pattern)
 	}
 }
 

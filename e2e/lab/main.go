@@ -21,7 +21,8 @@ import (
 )
 
 const usage = `usage: lab demo             show keybroker at work: the host's half of six phases, e2e/demo.sh the other
-       lab test [ARG...]    run the end-to-end tests (ARGs: those of a test binary, say -test.run=Boot)
+       lab test [ARG...]    run the end-to-end tests (ARGs: those of a test binary, say -test.run=Boot), in several host VMs at
+                            once where the machine has the processors and the memory
        lab run COMMAND      run COMMAND as root in the host VM, with its output and its exit status
        lab shell            a root shell in the host VM
 `
@@ -74,6 +75,7 @@ type job struct {
 	limit    string    // longest time that the host VM may run, as time.ParseDuration reads it
 	phases   int       // how many phases there are in all; the first is setup.sh's
 	progress io.Writer // where phases are shown
+	tests    string    // of mode test: the pattern that chooses some
 
 	cache string // the cache folder of all runs
 	dir   string // the folder of this run
@@ -85,7 +87,9 @@ func parseJob(args []string) (*job, error) {
 	case "demo":
 		j.command, j.limit, j.phases, j.progress = "/share/e2e/demo.sh", "10m", 6, os.Stdout
 	case "test":
-		j.command = "/share/bin/e2e.test -test.v -test.timeout=40m " + quoteAll(args[1:])
+		var flags []string
+		flags, j.tests = chosen(args[1:])
+		j.command = "/share/bin/e2e.test -test.v -test.timeout=15m " + quoteAll(flags)
 		j.limit, j.phases, j.progress = "45m", 4, os.Stdout
 	case "run":
 		if len(args) != 2 || args[1] == "" {

@@ -33,7 +33,13 @@ func (j *job) fillShare(tree string) error {
 	if err != nil {
 		return fmt.Errorf("making the guests' initramfs: %w", err)
 	}
-	for name, content := range map[string][]byte{"host.cpio": host, "guest.cpio": guest, "job": []byte(j.script())} {
+	files := map[string][]byte{"host.cpio": host, "guest.cpio": guest, "job": []byte(j.script())}
+	if j.mode == "test" {
+		if files["tests"], err = listTests(j.tests); err != nil {
+			return err
+		}
+	}
+	for name, content := range files {
 		if err := os.WriteFile(filepath.Join(j.share(), name), content, 0o644); err != nil {
 			return err
 		}

@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"strconv"
 	"strings"
@@ -21,6 +20,7 @@ import (
 // hostVM is one run of the host VM.
 type hostVM struct {
 	tree, dir, mode string
+	number          string // of several host VMs of one run; "" when there is one
 	limit           time.Duration
 	phases          int
 	uid, gid        int // who owns the run's folder
@@ -63,7 +63,12 @@ func (t rawTerminal) Write(p []byte) (int, error) {
 
 func (vm *hostVM) kernel() string { return filepath.Join(vm.tree, "tree/boot/vmlinuz") }
 
-func (vm *hostVM) out(name string) string { return filepath.Join(vm.dir, "out", name) }
+// out is a file that the host VM writes, and tpm the folder of its TPM; both relative to the run's folder, in which QEMU runs.
+func (vm *hostVM) out(name string) string { return filepath.Join("out", vm.number, name) }
+func (vm *hostVM) tpm() string            { return "tpm" + vm.number }
+
+// path is where a file is that is relative to the run's folder.
+func (vm *hostVM) path(name string) string { return filepath.Join(vm.dir, name) }
 
 // run boots the host VM and returns the status of the command in it.
 func (vm *hostVM) run(ctx context.Context) (int, error) {
@@ -71,11 +76,13 @@ func (vm *hostVM) run(ctx context.Context) (int, error) {
 	ctx, cancel := context.WithTimeout(ctx, vm.limit)
 	defer cancel()
 	kvm := vm.kvmWorks(ctx)
-	up, err := vm.boot(ctx, kvm)
+	if vm.mode == "test" {
+		return vm.runTests(ctx, kvm)
+	}
+	up, err := vm.boot(ctx, kvm, vm.show)
 	for n := 1; err == nil && !kvm && n < boots && ctx.Err() == nil && vm.mayRepeat(up); n++ {
-		fmt.Fprintf(vm.progress, "%17sthe emulated host VM ended by itself, as it does now and then; another does the rest\n", "")
-		os.Rename(vm.out("console.log"), vm.out(fmt.Sprintf("console-%d.log", n)))
-		up, err = vm.boot(ctx, kvm)
+		vm.sayRepeat()
+		up, err = vm.boot(ctx, kvm, vm.show)
 	}
 	if err != nil {
 		return exitFailed, err
@@ -85,7 +92,7 @@ func (vm *hostVM) run(ctx context.Context) (int, error) {
 		err = fmt.Errorf("the host VM was still running after %v", vm.limit)
 	}
 	if err == nil {
-		err = keepCapabilities(vm.tree, filepath.Join(vm.dir, "out"))
+		err = vm.keepCapabilities()
 	}
 	if ctx.Err() == nil || errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		vm.explain(status, up)
@@ -93,68 +100,53 @@ func (vm *hostVM) run(ctx context.Context) (int, error) {
 	return status, err
 }
 
-// boots is how many emulated host VMs one job may use up. QEMU's emulation of a host with several CPUs and KVM guests on
-// them is not sound: about once in half an hour of guests that start and end the host panics or resets.
+// boots is how many emulated host VMs one job may use up. QEMU's emulation of a host with KVM guests is not sound: now and then
+// the host panics or resets.
 const boots = 5
 
-// mayRepeat says whether the host VM ended before the command did, and another one may do what is left of the job: tests that
-// have passed are not run again, and after a failure nothing is. A command of the user's is never repeated.
+// mayRepeat says whether the host VM ended before the command did, and another one may do the job. A command of the user's that was
+// started is never repeated.
 func (vm *hostVM) mayRepeat(up bool) bool {
-	if _, err := os.Stat(vm.out(".status")); err == nil {
-		return false
-	}
-	if !up || vm.mode == "demo" {
-		return true
-	}
-	if vm.mode != "test" {
-		return false
-	}
-	output, err := os.ReadFile(vm.out("output.log"))
-	if err != nil || failedTest.Match(output) {
-		return false
-	}
-	return os.WriteFile(vm.out(".skip"), []byte(passedTests(output)), 0o644) == nil
+	_, err := os.Stat(vm.path(vm.out(".status")))
+	return err != nil && (!up || vm.mode == "demo")
 }
 
-var (
-	passedTest = regexp.MustCompile(`(?m)^--- PASS: (\w+)`)
-	failedTest = regexp.MustCompile(`(?m)^--- FAIL: `)
-)
-
-// passedTests is a pattern for the tests that a test binary's output says have passed.
-func passedTests(output []byte) string {
-	var names []string
-	for _, match := range passedTest.FindAllSubmatch(output, -1) {
-		names = append(names, string(match[1]))
-	}
-	return "^(" + strings.Join(names, "|") + ")$"
+// sayRepeat says that another host VM is needed, and keeps the console of the one that ended.
+func (vm *hostVM) sayRepeat() {
+	fmt.Fprintf(vm.progress, "%17sthe emulated host VM ended by itself, as it does now and then; another does the rest\n", "")
+	console := vm.path(vm.out("console.log"))
+	os.Rename(console, strings.TrimSuffix(console, ".log")+time.Now().Format("-150405.log"))
 }
 
 // status is what the command ended with.
 func (vm *hostVM) status() (int, error) {
-	content, err := os.ReadFile(vm.out(".status"))
+	name := vm.path(vm.out(".status"))
+	content, err := os.ReadFile(name)
 	if err != nil {
 		return exitNoStatus, errors.New("the host VM ended before the command did")
 	}
-	os.Remove(vm.out(".status"))
+	os.Remove(name)
 	return strconv.Atoi(strings.TrimSpace(string(content)))
 }
 
 // explain shows, after a failure, where to look and the console's last lines: the host VM's when it is its fault, else the
 // guest's that wrote last.
 func (vm *hostVM) explain(status int, up bool) {
-	if status == 0 || (vm.mode != "demo" && vm.mode != "test" && status != exitNoStatus) {
+	if status == 0 || (vm.mode != "demo" && status != exitNoStatus) {
 		return
 	}
-	console := vm.out("console.log")
-	if up && status != exitNoStatus {
-		if guest := newest(vm.out("*.console")); guest != "" {
-			console = guest
-		}
+	vm.showConsole(vm.progress, up && status != exitNoStatus)
+}
+
+// showConsole shows the last lines of the console, the host VM's or the guest's that wrote last, and where the others are.
+func (vm *hostVM) showConsole(w io.Writer, guests bool) {
+	console := vm.path(vm.out("console.log"))
+	if guest := newest(vm.path(vm.out("*.console"))); guests && guest != "" {
+		console = guest
 	}
-	fmt.Fprintf(vm.progress, "lab: the last lines of %s:\n", console)
-	printTail(vm.progress, console, 20)
-	fmt.Fprintf(vm.progress, "lab: consoles and logs are in %s\n", vm.out(""))
+	fmt.Fprintf(w, "lab: the last lines of %s:\n", console)
+	printTail(w, console, 20)
+	fmt.Fprintf(w, "lab: consoles and logs are in %s\n", vm.path(vm.out("")))
 }
 
 // newest is the file that was written last among those that match.
@@ -175,7 +167,7 @@ func newest(pattern string) string {
 
 // giveAway makes what the host VM wrote the user's.
 func (vm *hostVM) giveAway() {
-	filepath.WalkDir(vm.out(""), func(path string, _ fs.DirEntry, err error) error {
+	filepath.WalkDir(vm.path("out"), func(path string, _ fs.DirEntry, err error) error {
 		if err == nil {
 			os.Lchown(path, vm.uid, vm.gid)
 		}
@@ -183,8 +175,9 @@ func (vm *hostVM) giveAway() {
 	})
 }
 
-// boot runs the host VM to its end, shows what the command in it prints, and says whether the command was started.
-func (vm *hostVM) boot(ctx context.Context, kvm bool) (up bool, err error) {
+// boot runs the host VM to its end, lets talk have the port on which the command in it reads and prints, and says whether the command
+// was started.
+func (vm *hostVM) boot(ctx context.Context, kvm bool, talk func(to io.Writer, from *bufio.Reader) error) (up bool, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	tpm, err := vm.startTPM(ctx)
@@ -193,7 +186,7 @@ func (vm *hostVM) boot(ctx context.Context, kvm bool) (up bool, err error) {
 	}
 	defer tpm.Wait()
 	defer cancel() // swtpm ends with QEMU, and here where QEMU never came up
-	defer os.RemoveAll(filepath.Join(vm.dir, "tpm"))
+	defer os.RemoveAll(vm.path(vm.tpm()))
 
 	start := time.Now()
 	qemu := vm.qemu(ctx, vm.arguments(kvm)...)
@@ -209,16 +202,13 @@ func (vm *hostVM) boot(ctx context.Context, kvm bool) (up bool, err error) {
 	if err := qemu.Start(); err != nil {
 		return false, fmt.Errorf("starting QEMU: %w", err)
 	}
-	if vm.mode == "shell" {
-		go io.Copy(keyboard, vm.keyboard)
-	}
 	output := bufio.NewReader(stdout)
 	if line, err := output.ReadString('\n'); err == nil {
 		up = true
 		vm.showUp(strings.TrimSpace(line), kvm, time.Since(start))
-		if err := vm.show(output); err != nil {
+		if err := talk(keyboard, output); err != nil {
 			cancel() // nobody reads the port any more, and the command would wait for ever
-			return up, errors.Join(fmt.Errorf("showing what the command prints: %w", err), qemu.Wait())
+			return up, errors.Join(err, qemu.Wait())
 		}
 	}
 	if err := qemu.Wait(); err != nil && ctx.Err() == nil {
@@ -232,28 +222,33 @@ func (vm *hostVM) showUp(line string, kvm bool, elapsed time.Duration) {
 	if kvm {
 		by = "KVM"
 	}
-	phase(vm.progress, 3, vm.phases, "host VM", fmt.Sprintf("up in %.1f s (%s): %s", elapsed.Seconds(), by, line))
+	phase(vm.progress, 3, vm.phases, strings.TrimSpace("host VM "+vm.number), fmt.Sprintf("up in %.1f s (%s): %s", elapsed.Seconds(), by, line))
 	if vm.mode == "run" || vm.mode == "shell" {
 		fmt.Fprintf(vm.progress, "%17sconsoles and logs: %s\n", "", vm.out(""))
 	}
-	if vm.mode == "test" {
-		phase(vm.progress, 4, vm.phases, "tests", "end to end, in the host VM")
-	}
 }
 
-// show copies the command's output to ours and to a file.
-func (vm *hostVM) show(output io.Reader) error {
+// show copies the command's output to ours and to a file; a shell also gets the keyboard.
+func (vm *hostVM) show(to io.Writer, from *bufio.Reader) error {
 	if vm.mode == "shell" {
-		_, err := io.Copy(os.Stdout, output)
+		go io.Copy(to, vm.keyboard)
+		_, err := io.Copy(os.Stdout, from)
 		return err
 	}
-	log, err := os.OpenFile(vm.out("output.log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
+	log, err := vm.openLog()
 	if err != nil {
 		return err
 	}
 	defer log.Close()
-	_, err = io.Copy(io.MultiWriter(os.Stdout, log), output)
-	return err
+	if _, err = io.Copy(io.MultiWriter(os.Stdout, log), from); err != nil {
+		return fmt.Errorf("showing what the command prints: %w", err)
+	}
+	return nil
+}
+
+// openLog opens the file that has all that the commands printed.
+func (vm *hostVM) openLog() (*os.File, error) {
+	return os.OpenFile(vm.path(vm.out("output.log")), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
 }
 
 // command is a program that ends with ctx and with this process, out of reach of the terminal's signals.
@@ -264,9 +259,9 @@ func command(ctx context.Context, dir, name string, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// startTPM starts a new TPM 2.0 and waits until it listens on the socket "tpm/control" of the run's folder.
+// startTPM starts a new TPM 2.0 and waits until it listens on the socket "control" of its folder.
 func (vm *hostVM) startTPM(ctx context.Context) (*exec.Cmd, error) {
-	state := filepath.Join(vm.dir, "tpm")
+	state := vm.path(vm.tpm())
 	if err := os.RemoveAll(state); err != nil {
 		return nil, err
 	}
@@ -274,7 +269,7 @@ func (vm *hostVM) startTPM(ctx context.Context) (*exec.Cmd, error) {
 		return nil, err
 	}
 	// relative names: a socket's path has at most 107 octets
-	cmd := command(ctx, vm.dir, "swtpm", "socket", "--tpm2", "--tpmstate", "dir=tpm", "--ctrl", "type=unixio,path=tpm/control",
+	cmd := command(ctx, vm.dir, "swtpm", "socket", "--tpm2", "--tpmstate", "dir="+vm.tpm(), "--ctrl", "type=unixio,path="+vm.tpm()+"/control",
 		"--flags", "startup-clear", "--terminate")
 	cmd.Stderr = os.Stderr
 	if err := cmd.Start(); err != nil {
@@ -292,25 +287,26 @@ func (vm *hostVM) startTPM(ctx context.Context) (*exec.Cmd, error) {
 }
 
 func (vm *hostVM) arguments(kvm bool) []string {
-	accelerator := []string{"-accel", "tcg,thread=multi", "-cpu", "max"}
+	// Emulated, a host of several processors is not sound while KVM guests run on it; its guests are reset or it panics.
+	accelerator := []string{"-accel", "tcg", "-cpu", "max", "-smp", "1"}
 	if kvm {
-		accelerator = []string{"-accel", "kvm", "-cpu", "host"}
+		accelerator = []string{"-accel", "kvm", "-cpu", "host", "-smp", strconv.Itoa(min(runtime.NumCPU(), 4))}
 	}
 	port := "virtserialport,name=lab"
 	if vm.mode == "shell" {
 		port = "virtconsole"
 	}
 	return append(accelerator,
-		"-smp", strconv.Itoa(min(runtime.NumCPU(), 4)), "-m", "4096", "-no-user-config", "-nodefaults", "-display", "none", "-no-reboot",
+		"-m", strconv.Itoa(memory), "-no-user-config", "-nodefaults", "-display", "none", "-no-reboot",
 		"-kernel", vm.kernel(), "-initrd", "share/host.cpio",
 		"-append", "console=ttyS0 quiet panic=-1 mitigations=off systemd.log_target=journal systemd.show_status=no",
-		"-serial", "file:out/console.log",
+		"-serial", "file:"+vm.out("console.log"),
 		"-device", "virtio-serial-pci", "-chardev", "stdio,id=command,signal=off", "-device", port+",chardev=command",
-		"-chardev", "socket,id=tpm,path=tpm/control", "-tpmdev", "emulator,id=tpm,chardev=tpm", "-device", "tpm-tis,tpmdev=tpm",
+		"-chardev", "socket,id=tpm,path="+vm.tpm()+"/control", "-tpmdev", "emulator,id=tpm,chardev=tpm", "-device", "tpm-tis,tpmdev=tpm",
 		"-fsdev", "local,id=tree,security_model=none,multidevs=remap,readonly=on,path="+escape(filepath.Join(vm.tree, "tree")),
 		"-device", "virtio-9p-pci,fsdev=tree,mount_tag=tree",
 		"-fsdev", "local,id=share,security_model=none,readonly=on,path=share", "-device", "virtio-9p-pci,fsdev=share,mount_tag=share",
-		"-fsdev", "local,id=out,security_model=none,path=out", "-device", "virtio-9p-pci,fsdev=out,mount_tag=out")
+		"-fsdev", "local,id=out,security_model=none,path="+vm.out(""), "-device", "virtio-9p-pci,fsdev=out,mount_tag=out")
 }
 
 // qemu is the tree's QEMU for the host VM, with the tree's libraries and nothing of this machine's.
