@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -47,7 +48,7 @@ func listTests(pattern string) ([]byte, error) {
 	if subtests != "" {
 		subtests = "/" + subtests
 	}
-	out, err := exec.Command("bin/e2e.test", "-test.list", pattern).Output()
+	out, err := exec.Command("bin/e2e.test", "-test.list", cmp.Or(pattern, ".")).Output()
 	if err != nil {
 		return nil, fmt.Errorf("listing the tests: %w", err)
 	}

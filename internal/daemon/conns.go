@@ -226,10 +226,11 @@ func (s *conns) linger(c net.Conn) {
 	s.refusing[c] = struct{}{}
 }
 
-// finish ends all connections without losing a request, when no more come. What gets nothing that is worth waiting for is closed
-// at once: how long that takes is up to its caller.
+// finish ends all connections without losing a request, when no more come; when ctx ends first, it closes what is left. What gets
+// nothing that is worth waiting for is closed at once: how long that takes is up to its caller.
 func (s *conns) finish(ctx context.Context) {
 	s.end()
+	defer s.closeAll()
 	fresh := time.Now().Add(freshTime)
 	tick := time.NewTicker(finishPoll)
 	defer tick.Stop()
@@ -253,6 +254,14 @@ func (s *conns) end() {
 		if !s.keep(a) {
 			c.Close()
 		}
+	}
+}
+
+func (s *conns) closeAll() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for c := range s.open {
+		c.Close()
 	}
 }
 

@@ -263,20 +263,26 @@ func (p passed) first(name string) *os.File {
 // servers are those for services, and those for the host's administrators.
 func (b *Broker) servers(l *listeners) (services, local []*server) {
 	mine := b.services.conns
-	services = []*server{newServer(b.services.server(policy.ViaUnix), mine, l.unix...), newServer(b.services.server(policy.ViaTCP), mine, l.tcp...)}
+	services = []*server{
+		newServer(b.services.door(policy.ViaUnix).Serve, mine, l.unix...),
+		newServer(b.services.door(policy.ViaTCP).Serve, mine, l.tcp...),
+	}
 	hook := newLocalConns(localConns)
 	hook.keep = func(admitted) bool { return true } // libvirt waits
 	admin := newLocalConns(localPerCaller)
-	local = []*server{newServer(b.local(b.hookRoutes()), hook, l.hook), newServer(b.local(b.adminRoutes()), admin, l.admin)}
+	local = []*server{
+		newServer(b.local(b.hookRoutes(), hook).Serve, hook, l.hook),
+		newServer(b.local(b.adminRoutes(), admin).Serve, admin, l.admin),
+	}
 	return services, local
 }
 
 // local is a server for the sockets that only this host's administrators, and who may read status, reach.
-func (b *Broker) local(h http.Handler) *http.Server {
-	return &http.Server{
+func (b *Broker) local(h http.Handler, c *conns) *http.Server {
+	return withConns(&http.Server{
 		Handler: served(h), ReadTimeout: 10 * time.Second, WriteTimeout: b.services.patience, IdleTimeout: time.Minute, MaxHeaderBytes: 8 << 10,
 		ConnContext: withPeer, ErrorLog: slog.NewLogLogger(b.log.Handler(), slog.LevelDebug),
-	}
+	}, c)
 }
 
 // issuer serves the release protocol in the realm's name; while the realm is not open it has no identity, and says so.

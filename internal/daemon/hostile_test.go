@@ -230,7 +230,7 @@ func TestHostileRequests(t *testing.T) {
 		{"no host", p.Socket, "GET /v1/keys/db HTTP/1.1\r\n\r\n", 400, ""},
 		{"two hosts", p.Socket, getting("/v1/keys/db", ours, "Host: x"), 400, ""},
 		{"two lengths", p.Socket, getting("/v1/keys/db", ours, "Content-Length: 1", "Content-Length: 2"), 400, ""},
-		{"unknown coding", p.Socket, getting("/v1/keys/db", ours, "Transfer-Encoding: x"), 501, ""},
+		{"unknown coding", p.Socket, getting("/v1/keys/db", ours, "Transfer-Encoding: x"), 400, ""},
 		{"long header", p.Socket, getting("/v1/keys/db", ours, "X: "+big), 431, ""},
 		{"many headers", p.Socket, getting("/v1/keys/db", ours, strings.Repeat("X: y\r\n", 10<<10)+"X: y"), 431, ""},
 		{"long path", p.Socket, getting("/v1/keys/" + big), 431, ""},

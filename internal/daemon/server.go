@@ -17,26 +17,25 @@ const (
 	finishPoll = 5 * time.Millisecond
 )
 
-// server is one http.Server, the listeners that it serves, and the connections of its callers.
+// server is what serves on some listeners, and the connections of its callers.
 type server struct {
-	http      *http.Server
+	serve     func(net.Listener) error
 	listeners []net.Listener
 	conns     *conns
 	accepted  chan struct{} // closed when no more connections come
 }
 
-func newServer(h *http.Server, c *conns, listeners ...net.Listener) *server {
+func newServer(serve func(net.Listener) error, c *conns, listeners ...net.Listener) *server {
+	return &server{serve, listeners, c, make(chan struct{})}
+}
+
+// withConns makes an http.Server count its connections, and end them without losing a request.
+func withConns(h *http.Server, c *conns) *http.Server {
 	h.Handler = c.finishing(h.Handler)
-	before := h.ConnContext
-	h.ConnContext = func(ctx context.Context, conn net.Conn) context.Context {
-		ctx = c.identify(ctx, conn)
-		if before != nil {
-			ctx = before(ctx, conn)
-		}
-		return ctx
-	}
+	then := h.ConnContext
+	h.ConnContext = func(ctx context.Context, conn net.Conn) context.Context { return then(c.identify(ctx, conn), conn) }
 	h.ConnState = c.closed
-	return &server{h, listeners, c, make(chan struct{})}
+	return h
 }
 
 // run serves from when ready is closed until the listeners are; with no ready, at once.
@@ -52,7 +51,7 @@ func (s *server) run(ctx context.Context, ready <-chan struct{}, fail context.Ca
 	var parts sync.WaitGroup
 	for _, l := range s.listeners {
 		parts.Go(func() {
-			if err := s.http.Serve(l); err != nil && !errors.Is(err, net.ErrClosed) {
+			if err := s.serve(l); err != nil && !errors.Is(err, net.ErrClosed) {
 				fail(fmt.Errorf("serving %s: %w", l.Addr(), err))
 			}
 		})
@@ -69,5 +68,4 @@ func (s *server) stop(ctx context.Context) {
 	}
 	<-s.accepted
 	s.conns.finish(ctx)
-	s.http.Close()
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -13,6 +14,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"keybroker/internal/config"
 )
@@ -93,6 +95,20 @@ func counted(t *testing.T, n int32) (h http.Handler, enough chan struct{}) {
 
 // One server after another on a socket that systemd holds loses no request between them, on new connections and on kept ones.
 func TestStopLosesNoRequest(t *testing.T) {
+	t.Run("services", func(t *testing.T) {
+		noneLost(t, func(h http.Handler, c *conns) func(net.Listener) error {
+			d := door{route: h.ServeHTTP, conns: c, log: slog.New(slog.DiscardHandler), headTime: time.Minute, idleTime: time.Minute, writeTime: time.Minute}
+			return d.Serve
+		})
+	})
+	t.Run("administrators", func(t *testing.T) {
+		noneLost(t, func(h http.Handler, c *conns) func(net.Listener) error {
+			return withConns(&http.Server{Handler: h, ConnContext: withPeer}, c).Serve
+		})
+	})
+}
+
+func noneLost(t *testing.T, serving func(http.Handler, *conns) func(net.Listener) error) {
 	const servers, requests = 40, 50
 	path, socket := systemdSocket(t)
 	all := &callers{path: path}
@@ -109,6 +125,7 @@ func TestStopLosesNoRequest(t *testing.T) {
 	go func() { clients.Wait(); close(ended) }()
 
 	ctx, fail := context.WithCancelCause(t.Context())
+	defer fail(nil)
 	for n := range servers {
 		l, err := net.FileListener(socket)
 		if err != nil {
@@ -116,7 +133,7 @@ func TestStopLosesNoRequest(t *testing.T) {
 		}
 		h, enough := counted(t, requests)
 		c := newConns(nil, &config.Limits{Connections: 64, ConnectionsPerCaller: 64}, func(uint32) bool { return true })
-		s := newServer(&http.Server{Handler: h}, c, l)
+		s := newServer(serving(h, c), c, l)
 		go s.run(ctx, nil, fail)
 		select {
 		case <-enough:

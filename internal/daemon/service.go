@@ -2,7 +2,6 @@ package daemon
 
 import (
 	"errors"
-	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
@@ -94,14 +93,13 @@ func serviceEpochs(from *store.Store) (map[string]epochRecord, error) {
 	return epochs, err
 }
 
-// server makes the HTTP server of one door. A request has as long for all of it as for its header: none has a body.
-func (s *services) server(via string) *http.Server {
+// door makes one of the two doors of tier 1.
+func (s *services) door(via string) *door {
 	l := s.b.cfg.Limits
-	return &http.Server{
-		Handler:           http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { s.route(w, r, via) }),
-		ReadHeaderTimeout: l.HeaderTimeout, ReadTimeout: l.HeaderTimeout, WriteTimeout: s.patience, IdleTimeout: l.IdleTimeout,
-		MaxHeaderBytes: 8 << 10,
-		ErrorLog:       slog.NewLogLogger(s.b.log.Handler(), slog.LevelDebug),
+	return &door{
+		route: func(w http.ResponseWriter, r *http.Request) { s.route(w, r, via) },
+		conns: s.conns, log: s.b.log,
+		headTime: l.HeaderTimeout, idleTime: l.IdleTimeout, writeTime: s.patience,
 	}
 }
 
