@@ -144,7 +144,6 @@ func TestFullDisk(t *testing.T) {
 	uids := strings.Trim(fmt.Sprint(slices.Collect(upTo(users))), "[]")
 	admit(ctx, t, service, "[[service]]\nname = \""+service+"\"\nuid = ["+strings.ReplaceAll(uids, " ", ", ")+"]\n")
 	g := admitted(ctx, t, "full")
-	before := status(ctx, t)
 
 	keys := 0
 	ask := func(c *client) string { // the refusal's code, or ""
@@ -184,8 +183,14 @@ func TestFullDisk(t *testing.T) {
 	if got := released(ctx, t, service); got != keys {
 		t.Errorf("%d keys left, and the audit has %d records of them", keys, got)
 	}
-	if s := status(ctx, t); !strings.Contains(s.Audit.Trouble, "full") {
-		t.Errorf("status says of the audit %q", s.Audit.Trouble)
+	sh(ctx, t, "systemctl restart keybroker.service")
+	brokerOpen(ctx, t)
+	before := status(ctx, t)
+	if !strings.Contains(before.Audit.Trouble, "full") {
+		t.Errorf("after a restart status says of the audit %q", before.Audit.Trouble)
+	}
+	if code := ask(clientOf(t, 1)); code != "audit-unavailable" {
+		t.Errorf("after a restart on the full disk a service got %q", code)
 	}
 
 	from := g.ConsoleEnd()
@@ -220,6 +225,9 @@ func TestFullDisk(t *testing.T) {
 		t.Errorf("status still says of the audit %q", after.Audit.Trouble)
 	}
 	sh(ctx, t, "keybroker audit verify --identity "+pin(ctx, t))
+	if out := sh(ctx, t, "keybroker audit query --json --event start"); !strings.Contains(out, "the disk was full then") {
+		t.Errorf("the audit does not have the start on the full disk: %s", out)
+	}
 }
 
 // upTo yields 1 to n.

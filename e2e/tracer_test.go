@@ -24,7 +24,7 @@ import (
 // it cannot name "the Nth of the process"; this tracer does, and nothing else: it counts the calls that change something outside
 // of the process, over all its threads, and kills the process when it enters the Nth, which is then not executed.
 
-// tracerWish in the environment makes the test's program the tracer of the command in its arguments.
+// tracerWish in the environment makes the test's program the tracer of the command or the process ids in its arguments.
 const tracerWish = "KEYBROKER_E2E_TRACER"
 
 func TestMain(m *testing.M) {
@@ -72,7 +72,9 @@ func traceMain(nth string, args []string) int {
 	n, err := strconv.Atoi(nth)
 	t := &tracer{report: os.NewFile(3, "report"), nth: n, tgid: map[int]int{}}
 	unix.CloseOnExec(3)
-	if err == nil {
+	if err == nil && args[0] == "-p" {
+		err = t.seizeAll(args[1:])
+	} else if err == nil {
 		err = t.launch(args)
 	}
 	if err == nil {
@@ -83,6 +85,46 @@ func traceMain(nth string, args []string) int {
 		return 1
 	}
 	return 0
+}
+
+// seizeAll takes every thread of running processes.
+func (t *tracer) seizeAll(pids []string) error {
+	for _, text := range pids {
+		pid, err := strconv.Atoi(text)
+		if err != nil {
+			return err
+		}
+		for more := true; more; { // threads that begin meanwhile come by themselves, or in the next round
+			threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*", pid))
+			if err != nil || len(threads) == 0 {
+				return fmt.Errorf("no process %d", pid)
+			}
+			more = false
+			for _, path := range threads {
+				tid, err := strconv.Atoi(filepath.Base(path))
+				if err != nil {
+					return err
+				}
+				if t.tgid[tid] != 0 {
+					continue
+				}
+				more = true
+				t.tgid[tid] = pid
+				_, _, errno := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_SEIZE, uintptr(tid), 0, traceOptions, 0, 0)
+				if errno == unix.EPERM || errno == unix.ESRCH { // it is traced already, being a thread's child; or it has ended
+					continue
+				}
+				if errno != 0 {
+					return fmt.Errorf("seizing thread %d: %w", tid, errno)
+				}
+				if err := unix.PtraceInterrupt(tid); err != nil && !errors.Is(err, unix.ESRCH) {
+					return fmt.Errorf("stopping thread %d: %w", tid, err)
+				}
+			}
+		}
+	}
+	fmt.Fprintln(t.report, "attached")
+	return nil
 }
 
 // launch starts a command, stopped before its first instruction.
@@ -214,7 +256,8 @@ type trace struct {
 	output strings.Builder
 }
 
-// traced starts a tracer that kills at the nth counted call, or never when that is 0. The arguments are a command.
+// traced starts a tracer that kills at the nth counted call, or never when that is 0. The arguments are a command, or -p and
+// process ids.
 func traced(ctx context.Context, t *testing.T, nth int, args ...string) *trace {
 	t.Helper()
 	self, err := os.Executable()
@@ -257,6 +300,22 @@ func traced(ctx context.Context, t *testing.T, nth int, args ...string) *trace {
 		t.Fatalf("the tracer did not begin: %s", out)
 	}
 	return tr
+}
+
+// settle waits until there was no further call for a while, or the tracer has ended, and reports whether it has.
+func (tr *trace) settle(quiet time.Duration) (ended bool) {
+	tr.t.Helper()
+	for {
+		select {
+		case line, more := <-tr.lines:
+			if !more {
+				return true
+			}
+			tr.read(line)
+		case <-time.After(quiet):
+			return false
+		}
+	}
 }
 
 // wait waits for the tracer's end: it has killed, or all that it traced has ended.

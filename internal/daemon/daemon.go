@@ -208,9 +208,10 @@ func (b *Broker) serve(ctx context.Context, l *listeners, from passed, reload <-
 	ctx, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
 	b.running = ctx
-	if err := b.recordEvent(audit.EventStart, b.version); err != nil {
+	unrecorded, err := b.recordStart()
+	if err != nil {
 		l.close()
-		return fmt.Errorf("writing the audit: %w", err)
+		return err
 	}
 	var parts sync.WaitGroup
 	ready := make(chan struct{})
@@ -232,7 +233,7 @@ func (b *Broker) serve(ctx context.Context, l *listeners, from passed, reload <-
 	})
 	parts.Go(func() { b.watchHypervisor(ctx) })
 	parts.Go(func() { b.reloadOn(ctx, reload) })
-	parts.Go(func() { b.wakeOnSpace(ctx) })
+	parts.Go(func() { b.wakeOnSpace(ctx, unrecorded) })
 	parts.Go(func() { watchdog(ctx, b.healthy) })
 
 	<-ctx.Done()

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"time"
 
 	"keybroker/hypervisor"
@@ -63,6 +64,20 @@ func (b *Broker) recordEvent(event audit.Event, detail string) error {
 	return err
 }
 
+// recordStart writes that the broker runs. On a full disk it runs all the same, and gives out no key: who frees the disk should not
+// have to start it as well.
+func (b *Broker) recordStart() (unrecorded bool, err error) {
+	err = b.recordEvent(audit.EventStart, b.version)
+	if errors.Is(err, audit.ErrNoSpace) {
+		b.log.Error("the disk is full: no key is released until there is room for the audit log", "folder", b.paths.AuditDir, "err", err)
+		return true, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("writing the audit: %w", err)
+	}
+	return false, nil
+}
+
 // recordTicket writes that a boot's right to keys changed, and why.
 func (b *Broker) recordTicket(uuid, cause string, t hypervisor.Ticket) {
 	if err := b.appendTicket(uuid, cause, t, audit.Written); err != nil {
@@ -119,10 +134,14 @@ func evidenceDigest(evidence []byte) string {
 }
 
 // wakeOnSpace lets guests ask again that were refused while the audit log had no room: they do not look by themselves for a minute.
-func (b *Broker) wakeOnSpace(ctx context.Context) {
+// A start for which there was none is recorded then.
+func (b *Broker) wakeOnSpace(ctx context.Context, unrecorded bool) {
 	for {
 		select {
 		case <-b.space:
+			if unrecorded {
+				unrecorded = b.recordEvent(audit.EventStart, b.version+"; the disk was full then") != nil
+			}
 			b.wakeGuests()
 		case <-ctx.Done():
 			return
