@@ -91,7 +91,7 @@ func talk(t *testing.T, s *suite, prints string) (told string) {
 // Tests that have ended are not begun again, whatever became of them; one in which the host VM ended is, and not for ever.
 func TestSuite(t *testing.T) {
 	var shown bytes.Buffer
-	s := &suite{repeat: true, out: &shown, left: []string{"^TestA$", "^TestB$", "^TestC$"}, begun: map[string]int{}}
+	s := &suite{repeat: true, title: func() {}, out: &shown, left: []string{"^TestA$", "^TestB$", "^TestC$"}, begun: map[string]int{}}
 	if told := talk(t, s, "a passes\nPASS\n\x1e0\nb fails\n\x1e1\nc is cut"); told != "^TestA$\n^TestB$\n^TestC$\n" {
 		t.Errorf("the first host VM was told %q", told)
 	}
@@ -108,7 +108,7 @@ func TestSuite(t *testing.T) {
 		t.Errorf("%d, %v", status, err)
 	}
 
-	s = &suite{repeat: true, out: &shown, left: []string{"^TestA$"}, begun: map[string]int{}}
+	s = &suite{repeat: true, title: func() {}, out: &shown, left: []string{"^TestA$"}, begun: map[string]int{}}
 	for n := 0; s.more(); n++ {
 		if n == 9 {
 			t.Fatal("a test in which the host VM always ends is begun for ever")

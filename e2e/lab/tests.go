@@ -67,7 +67,8 @@ func listTests(pattern string) ([]byte, error) {
 // suite is the tests of one run: those that are still to be begun, and what became of the others. Its methods may be called
 // concurrently.
 type suite struct {
-	repeat bool // whether a test in which the host VM ended may be begun again
+	repeat bool   // whether a test in which the host VM ended may be begun again
+	title  func() // called before the first test
 	out    io.Writer
 
 	mu     sync.Mutex
@@ -84,6 +85,7 @@ func (s *suite) take() (test string, ok bool) {
 	if len(s.left) == 0 {
 		return "", false
 	}
+	s.title()
 	test, s.left = s.left[0], s.left[1:]
 	s.begun[test]++
 	return test, true
@@ -158,8 +160,10 @@ func (vm *hostVM) runTests(ctx context.Context, kvm bool) (int, error) {
 		return exitFailed, err
 	}
 	s := &suite{repeat: !kvm, out: vm.progress, left: strings.Fields(string(list)), begun: map[string]int{}}
-	n := hosts(len(s.left))
-	phase(vm.progress, 4, vm.phases, "tests", fmt.Sprintf("%d, end to end, in %d host VMs", len(s.left), n))
+	total, n := len(s.left), hosts(len(s.left))
+	s.title = sync.OnceFunc(func() {
+		phase(vm.progress, 4, vm.phases, "tests", fmt.Sprintf("%d, end to end, in %d host VMs", total, n))
+	})
 	errs := make([]error, n)
 	var all sync.WaitGroup
 	for i := range n {
