@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -20,6 +21,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"keybroker/internal/memtest"
 )
 
 func init() {
@@ -344,23 +347,20 @@ func TestBrokerMemory(t *testing.T) {
 	signer, _ := s.signer.octets()
 	marker := sha256.Sum256([]byte("marker"))
 	key := service("db-0", 1, 32).derive(t, s)
-	secrets := map[string][]byte{
+	needles := map[string][]byte{
 		"master": octetsOf(t, m), "PRK": prk, "seed": seed, "private key": signer, "PRK, inner pad": padded(prk, 0x36),
-		"PRK, outer pad": padded(prk, 0x5c),
+		"PRK, outer pad": padded(prk, 0x5c), "marker": marker[:], "service's key": key,
 	}
-	found := scan(t, broker.Process.Pid, append(values(secrets), marker[:], key))
-	for name, octets := range secrets {
-		if found[string(octets)] {
-			t.Errorf("the broker's memory has the %s", name)
-		}
+	found, err := memtest.Scan(broker.Process.Pid, needles)
+	if err != nil || !slices.Equal(found, []string{"marker", "service's key"}) {
+		t.Errorf("the broker's memory has %q, expected the marker and the service's key: %v", found, err)
 	}
-	if !found[string(marker[:])] || !found[string(key)] {
-		t.Error("the scan does not find what is there")
+	if os.Getuid() != 0 {
+		return // a keyholder's memory is root's alone to read
 	}
-	if found := scan(t, holder, [][]byte{octetsOf(t, m), signer}); found[string(octetsOf(t, m))] {
-		t.Error("the keyholder's memory has the master")
-	} else if os.Getuid() == 0 && !found[string(signer)] {
-		t.Error("the scan of the keyholder does not find what is there")
+	found, err = memtest.Scan(holder, needles)
+	if err != nil || slices.Contains(found, "master") || !slices.Contains(found, "private key") {
+		t.Errorf("the keyholder's memory has %q, expected the private key and no master: %v", found, err)
 	}
 }
 
@@ -370,56 +370,6 @@ func padded(key []byte, pad byte) []byte {
 		out[i] ^= pad
 	}
 	return out
-}
-
-func values(m map[string][]byte) (out [][]byte) {
-	for _, v := range m {
-		out = append(out, v)
-	}
-	return out
-}
-
-// scan says which of needles are in a process's readable memory.
-func scan(t *testing.T, pid int, needles [][]byte) map[string]bool {
-	t.Helper()
-	found := map[string]bool{}
-	maps, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", pid))
-	if errors.Is(err, os.ErrPermission) {
-		return found // a keyholder, and we are not root
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	mem, err := os.Open(fmt.Sprintf("/proc/%d/mem", pid))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer mem.Close()
-	for line := range strings.Lines(string(maps)) {
-		var from, to uint64
-		var perms string
-		if _, err := fmt.Sscanf(line, "%x-%x %s", &from, &to, &perms); err != nil {
-			t.Fatal(err)
-		}
-		if perms[0] == 'r' && !strings.Contains(line, "[v") {
-			scanRange(mem, int64(from), int64(to), needles, found)
-		}
-	}
-	return found
-}
-
-// scanRange reads in steps that overlap; what cannot be read (secret memory) has no needle for us.
-func scanRange(mem *os.File, from, to int64, needles [][]byte, found map[string]bool) {
-	const step, overlap = 1 << 20, 128
-	buf := make([]byte, step+overlap)
-	for ; from < to; from += step {
-		n, _ := mem.ReadAt(buf[:min(step+overlap, to-from)], from)
-		for _, needle := range needles {
-			if bytes.Contains(buf[:n], needle) {
-				found[string(needle)] = true
-			}
-		}
-	}
 }
 
 // A keyholder does not outlive its broker, however that ended.

@@ -8,7 +8,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,50 +20,11 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 
 	"keybroker/derive"
+	"keybroker/internal/memtest"
 	"keybroker/seal"
 	"keybroker/seal/passphrase"
 	"keybroker/seal/tpm2"
 )
-
-// scanMemory reads all of a process's memory that can be read, and says which of the needles it holds.
-func scanMemory(t *testing.T, pid int, needles map[string][]byte) (found []string) {
-	t.Helper()
-	maps, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", pid))
-	if err != nil {
-		t.Fatal(err)
-	}
-	mem, err := os.Open(fmt.Sprintf("/proc/%d/mem", pid))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer mem.Close()
-	for line := range strings.Lines(string(maps)) {
-		var from, to int64
-		var mode string
-		if _, err := fmt.Sscanf(line, "%x-%x %s", &from, &to, &mode); err == nil && mode[0] == 'r' {
-			found = append(found, scanRegion(io.NewSectionReader(mem, from, to-from), needles)...)
-		}
-	}
-	slices.Sort(found)
-	return slices.Compact(found)
-}
-
-// scanRegion looks for needles in what can be read: not in guard pages, nor in secret memory, which is the point of it.
-func scanRegion(r io.ReaderAt, needles map[string][]byte) (found []string) {
-	const longest = 128 // of the needles
-	window := make([]byte, 1<<20)
-	for at := int64(0); ; at += int64(len(window) - longest) { // windows overlap
-		n, err := r.ReadAt(window, at)
-		for name, needle := range needles {
-			if bytes.Contains(window[:n], needle) {
-				found = append(found, name)
-			}
-		}
-		if err != nil {
-			return found
-		}
-	}
-}
 
 // A keyCatcher is a protector that notes the slot key which it recovers.
 type keyCatcher struct {
@@ -166,15 +126,21 @@ func TestMemory(t *testing.T) {
 	broker := func(when string) {
 		t.Helper()
 		began := time.Now()
-		found := scanMemory(t, mainPID(ctx, t), needles)
+		found, err := memtest.Scan(mainPID(ctx, t), needles)
 		t.Logf("%s: scanned in %v", when, time.Since(began).Round(time.Millisecond))
+		if err != nil {
+			t.Fatal(err)
+		}
 		if !slices.Equal(found, []string{"mark"}) {
 			t.Errorf("%s the broker holds %q, expected the mark alone", when, found)
 		}
 	}
 	holder := func(when string) {
 		t.Helper()
-		found := scanMemory(t, status(ctx, t).Realm.HolderPID, needles)
+		found, err := memtest.Scan(status(ctx, t).Realm.HolderPID, needles)
+		if err != nil {
+			t.Fatal(err)
+		}
 		t.Logf("%s the keyholder holds, outside of its secret page, %q", when, found)
 		for _, name := range found {
 			if name != "seed" && name != "mark" { // it signs with the one, and is asked for a key of the other
