@@ -266,7 +266,7 @@ func TestRecordedAnswerIsWorthless(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	sig, _ := i.schedule.Sign(LabelRelease, t1[:], enc, ct)
+	sig, _ := i.schedule.Sign(derive.LabelRelease, t1[:], enc, ct)
 	recorded := marshal(releaseAnswer{Enc: enc, CT: ct, Sig: sig})
 	s := r.on(t, replayer(t, Challenge{Issuer: Octets(i.Identity), Nonce: make([]byte, 32), Subject: web1, Offered: []string{}}, recorded))
 	c, err := s.Challenge(ctx)
@@ -366,13 +366,13 @@ func TestSealOpensOnlyInItsSession(t *testing.T) {
 	if err != nil || string(back.secret.PublicKey().Bytes()) != string(k.secret.PublicKey().Bytes()) {
 		t.Errorf("a stored receiver key: %v", err)
 	}
-	if !ed25519.Verify(newIssuer(t, 1).Identity, tuple.Encode([]byte(LabelRelease), t1[:], enc, ct), mustSign(t, newIssuer(t, 1), t1, enc, ct)) {
+	if !ed25519.Verify(newIssuer(t, 1).Identity, tuple.Encode([]byte(derive.LabelRelease), t1[:], enc, ct), mustSign(t, newIssuer(t, 1), t1, enc, ct)) {
 		t.Error("the schedule's signature does not verify over signed()")
 	}
 }
 
 func mustSign(t *testing.T, i *issuer, tr Transcript, enc, ct []byte) []byte {
-	sig, err := i.schedule.Sign(LabelRelease, tr[:], enc, ct)
+	sig, err := i.schedule.Sign(derive.LabelRelease, tr[:], enc, ct)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -330,7 +330,7 @@ func (s *issuerSession) sealed(ctx context.Context, c *Claim, g *Grant, pk []byt
 	if err != nil {
 		return nil, malformed("release", err)
 	}
-	sig, err := s.issuer.Sign(ctx, LabelRelease, c.Transcript[:], enc, ct)
+	sig, err := s.issuer.Sign(ctx, derive.LabelRelease, c.Transcript[:], enc, ct)
 	if err != nil {
 		return nil, fmt.Errorf("signing the answer: %w", err)
 	}

@@ -15,13 +15,11 @@ import (
 	"keybroker/internal/tuple"
 )
 
-// Labels of what is hashed, sealed, signed and authenticated. DO NOT CHANGE.
+// Labels of what is hashed, sealed and authenticated. DO NOT CHANGE.
 const (
 	labelSession = "keybroker/v1 session"
 	labelSeal    = "keybroker/v1 seal"
 	labelAck     = "keybroker/v1 ack"
-	// LabelRelease is what the issuer's identity signs an answer under.
-	LabelRelease = derive.LabelRelease
 )
 
 // Transcript is T, the digest of everything that one session agrees on.
@@ -98,9 +96,9 @@ func ackMAC(ackKey []byte, t Transcript, body []byte) []byte {
 	return h.Sum(nil)
 }
 
-// signed is what the issuer's identity signs: E(LabelRelease, T, enc, ct).
+// signed is what the issuer's identity signs: E(derive.LabelRelease, T, enc, ct).
 func signed(t Transcript, enc, ct []byte) []byte {
-	return tuple.Encode([]byte(LabelRelease), t[:], enc, ct)
+	return tuple.Encode([]byte(derive.LabelRelease), t[:], enc, ct)
 }
 
 func marshal(v any) []byte {

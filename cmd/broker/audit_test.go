@@ -11,6 +11,7 @@ import (
 	"strings"
 	"testing"
 
+	"keybroker/derive"
 	"keybroker/inject"
 	"keybroker/internal/audit"
 	"keybroker/internal/config"
@@ -46,7 +47,7 @@ func newAuditedState(t *testing.T) *auditedState {
 	l, err := audit.Open(audit.Config{
 		Dir: s.p.AuditDir, Realm: strings.Repeat("0", 32), LoadHead: func() (audit.Head, error) { return audit.Head{}, nil },
 		Sign: func(_ context.Context, fields ...[]byte) ([]byte, error) {
-			return ed25519.Sign(private, tuple.Encode(append([][]byte{[]byte(audit.Label)}, fields...)...)), nil
+			return ed25519.Sign(private, tuple.Encode(append([][]byte{[]byte(derive.LabelAudit)}, fields...)...)), nil
 		},
 		SaveHead: func(h audit.Head) error {
 			s.head = h

@@ -28,7 +28,7 @@ func (g *globals) record(s *derive.Schedule, records ...audit.Record) error {
 	defer state.Close()
 	log, err := audit.Open(audit.Config{
 		Dir: paths.AuditDir, Realm: s.RealmID().String(), Logger: slog.New(slog.DiscardHandler), Reserve: -1,
-		Sign:     func(_ context.Context, fields ...[]byte) ([]byte, error) { return s.Sign(audit.Label, fields...) },
+		Sign:     func(_ context.Context, fields ...[]byte) ([]byte, error) { return s.Sign(derive.LabelAudit, fields...) },
 		LoadHead: func() (audit.Head, error) { return daemon.LoadHead(state) },
 		SaveHead: func(h audit.Head) error { return daemon.SaveHead(state, h) },
 	})

@@ -14,10 +14,6 @@ import (
 	"keybroker/internal/tuple"
 )
 
-// Label is the first field of what a checkpoint's signature is over: tuple.Encode(Label, u64(seq), hash, time, realm), with
-// seq as 8 octets of big-endian, the hash's 32 and the realm id's 16 octets, and the time in the characters of the record.
-const Label = derive.LabelAudit
-
 const (
 	signWait  = 5 * time.Second  // for one signature
 	signRetry = 10 * time.Second // after one that failed
@@ -189,7 +185,8 @@ func (l *Log) checkpoint(ctx context.Context, head Head, at time.Time) (uint64, 
 	return place.Seq, err
 }
 
-// fields are what the signature is over, after the label.
+// fields are what the signature is over, after derive.LabelAudit: u64(seq), hash, time, realm, with seq as 8 octets of big-endian,
+// the hash's 32 and the realm id's 16 octets, and the time in the characters of the record.
 func (c *Checkpoint) fields() ([][]byte, error) {
 	realm, err := hex.DecodeString(c.Realm)
 	if err != nil {
@@ -209,7 +206,7 @@ func (c *Checkpoint) verify(keys []ed25519.PublicKey) error {
 	if err != nil {
 		return err
 	}
-	message := tuple.Encode(append([][]byte{[]byte(Label)}, fields...)...)
+	message := tuple.Encode(append([][]byte{[]byte(derive.LabelAudit)}, fields...)...)
 	for _, k := range keys {
 		if ed25519.Verify(k, message, signature) {
 			return nil

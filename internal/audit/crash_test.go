@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"keybroker/derive"
 	"keybroker/internal/tuple"
 )
 
@@ -57,7 +58,7 @@ func childConfig(dir string) (Config, ed25519.PrivateKey) {
 	return Config{
 		Dir: filepath.Join(dir, "audit"), Realm: testRealm,
 		Sign: func(_ context.Context, fields ...[]byte) ([]byte, error) {
-			return ed25519.Sign(key, tuple.Encode(append([][]byte{[]byte(Label)}, fields...)...)), nil
+			return ed25519.Sign(key, tuple.Encode(append([][]byte{[]byte(derive.LabelAudit)}, fields...)...)), nil
 		},
 		LoadHead: func() (Head, error) {
 			text, err := os.ReadFile(path)

@@ -27,7 +27,7 @@ type Config struct {
 	Dir string
 	// Realm is the realm's id, 32 hex digits.
 	Realm string
-	// Sign signs tuple.Encode(Label, fields...) with the realm's identity, Ed25519. While it cannot, because the realm is
+	// Sign signs tuple.Encode(derive.LabelAudit, fields...) with the realm's identity, Ed25519. While it cannot, because the realm is
 	// locked, it returns an error; the log goes on without checkpoints and tries again. It must obey ctx.
 	Sign func(ctx context.Context, fields ...[]byte) ([]byte, error)
 	// LoadHead returns the head that SaveHead was given last, or the zero Head when there was none. SaveHead keeps a head

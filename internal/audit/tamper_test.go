@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"keybroker/derive"
 	"keybroker/internal/tuple"
 )
 
@@ -88,7 +89,7 @@ func rechain(tb testing.TB, lines [][]byte, i int, key ed25519.PrivateKey) [][]b
 		if r.Checkpoint != nil && key != nil {
 			r.Checkpoint.Seq, r.Checkpoint.Hash = uint64(i), r.Prev
 			fields, _ := r.Checkpoint.fields()
-			sig := ed25519.Sign(key, tuple.Encode(append([][]byte{[]byte(Label)}, fields...)...))
+			sig := ed25519.Sign(key, tuple.Encode(append([][]byte{[]byte(derive.LabelAudit)}, fields...)...))
 			r.Checkpoint.Signature = base64.RawURLEncoding.EncodeToString(sig)
 		}
 		lines[i] = r.Encode(nil)

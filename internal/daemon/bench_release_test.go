@@ -206,7 +206,7 @@ func cryptoOf(b testing.TB, i *benchIssuer) time.Duration {
 		}
 		ct, sealErr := sender.Seal(nil, plain)
 		ackKey, exportErr := sender.Export("keybroker/v1 ack", 32)
-		_, signErr := i.schedule.Sign(inject.LabelRelease, t[:], enc, ct)
+		_, signErr := i.schedule.Sign(derive.LabelRelease, t[:], enc, ct)
 		mac := hmac.New(sha256.New, ackKey)
 		mac.Write(plain)
 		if err := errors.Join(keyErr, sealErr, exportErr, signErr); err != nil || !hmac.Equal(mac.Sum(nil), mac.Sum(nil)) {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"time"
 
+	"keybroker/derive"
 	"keybroker/hypervisor"
 	"keybroker/inject"
 	"keybroker/internal/audit"
@@ -24,7 +25,7 @@ func (b *Broker) openAudit(realm string) (err error) {
 	b.audit, err = audit.Open(audit.Config{
 		Dir: b.paths.AuditDir, Realm: realm,
 		Sign: func(ctx context.Context, fields ...[]byte) ([]byte, error) {
-			return b.realm.sign(ctx, audit.Label, fields...)
+			return b.realm.sign(ctx, derive.LabelAudit, fields...)
 		},
 		LoadHead:  func() (audit.Head, error) { return LoadHead(b.store) },
 		SaveHead:  func(h audit.Head) error { return SaveHead(b.store, h) },
