@@ -36,13 +36,13 @@ const (
 type VMKeyID struct {
 	Tier    string // TierVM or TierSNP
 	Subject string // the subject's UUID: lower case, 36 octets
-	Name    string // as a service name
+	Name    string // as CheckKeyName accepts it
 	Epoch   uint32 // from 1
 	Length  int    // octets, 32 or 64
 }
 
-// CheckServiceName accepts the names that keys can have: [a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?.
-func CheckServiceName(name string) error {
+// CheckKeyName accepts the names that keys can have: [a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?.
+func CheckKeyName(name string) error {
 	if name == "" || len(name) > maxName {
 		return fmt.Errorf("a key name has 1 to %d characters, this one has %d", maxName, len(name))
 	}
@@ -114,7 +114,7 @@ func RealmIDInfo() []byte { return info(labelRealmID) }
 func IdentityInfo(i uint32) []byte { return info(labelIdentity, tuple.Uint32(i)) }
 
 func checkKey(name string, epoch uint32, length int) error {
-	if err := CheckServiceName(name); err != nil {
+	if err := CheckKeyName(name); err != nil {
 		return err
 	}
 	if epoch == 0 {

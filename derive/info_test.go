@@ -53,15 +53,15 @@ func TestInfoGolden(t *testing.T) {
 	}
 }
 
-func TestCheckServiceName(t *testing.T) {
+func TestCheckKeyName(t *testing.T) {
 	for _, name := range []string{"a", "0", "ab", "a-b", "a.b", "a--b", "my-database", "x..y", strings.Repeat("a", 63)} {
-		if err := CheckServiceName(name); err != nil {
+		if err := CheckKeyName(name); err != nil {
 			t.Errorf("%q: %v", name, err)
 		}
 	}
 	for _, name := range []string{"", "-", ".", "-a", "a-", ".a", "a.", "A", "a b", "a/b", "a_b", "a\x00b", "\x00a", "ä",
 		"a\n", strings.Repeat("a", 64)} {
-		if CheckServiceName(name) == nil {
+		if CheckKeyName(name) == nil {
 			t.Errorf("%q was accepted", name)
 		}
 	}
@@ -113,7 +113,7 @@ func second[T any](_ T, err error) error { return err }
 // A key that was typed where a name belongs does not show in the error.
 func TestErrorsDoNotEcho(t *testing.T) {
 	for _, c := range []error{
-		CheckServiceName("q83vASNFZ4mrze8BI0VniavN7wEjRWeJq83vASNFZ4k="),
+		CheckKeyName("q83vASNFZ4mrze8BI0VniavN7wEjRWeJq83vASNFZ4k="),
 		CheckSubject("q83vASNFZ4mrze8BI0VniavN7wEjRWeJq83v"),
 	} {
 		if strings.Contains(c.Error(), "q83v") || strings.Contains(c.Error(), "ASNF") {

@@ -150,7 +150,7 @@ func checkDerived(t *testing.T, r request) {
 		t.Fatalf("would derive %d octets", r.length)
 	}
 	if r.info[0] != 0 {
-		if CheckServiceName(string(r.info)) != nil {
+		if CheckKeyName(string(r.info)) != nil {
 			t.Fatalf("would derive %q", r.info)
 		}
 		return

@@ -153,7 +153,7 @@ func checkWant(want []Want) error {
 		return fmt.Errorf("%d wanted keys, expected 1 to %d", len(want), MaxWant)
 	}
 	for i, w := range want {
-		if derive.CheckServiceName(w.Name) != nil {
+		if derive.CheckKeyName(w.Name) != nil {
 			return fmt.Errorf("wanted key %d has no valid name", i+1)
 		}
 		if i > 0 && compareWant(want[i-1], w) >= 0 {

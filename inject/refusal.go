@@ -22,7 +22,7 @@ const (
 	CodeUnknownPeer   Code = "unknown-peer"         // the transport does not say who this is
 	CodePeerMismatch  Code = "peer-mismatch"        // hypervisor and record, or record and claim, disagree
 	CodeNoPolicy      Code = "no-policy"            // no policy entry
-	CodeDenied        Code = "denied"               // the policy entry denies
+	CodeDenied        Code = "denied"               // an administrator denied the VM, or the caller may not change things
 	CodeNoTicket      Code = "no-ticket"            // no boot ticket: this boot has no right to keys
 	CodeReceiverTaken Code = "receiver-taken"       // another receiver of this boot has the keys
 	CodeKeyNotAllowed Code = "key-not-allowed"      // the policy entry does not list this key

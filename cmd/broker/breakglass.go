@@ -48,7 +48,7 @@ tickets. It is for recovery: the broker must be stopped, it says loudly what it 
 }
 
 func (f *deriveFlags) check(name string) error {
-	if err := errors.Join(derive.CheckServiceName(name), derive.CheckKeyLength(f.length)); err != nil {
+	if err := errors.Join(derive.CheckKeyName(name), derive.CheckKeyLength(f.length)); err != nil {
 		return err
 	}
 	if f.vm == "" {

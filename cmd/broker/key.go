@@ -54,7 +54,7 @@ The kernel tells the broker who asks; policy.toml says who may. The raw octets g
 the file that the flags say.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := derive.CheckServiceName(args[0]); err != nil {
+			if err := derive.CheckKeyName(args[0]); err != nil {
 				return usageError{err}
 			}
 			if err := form.check(g.stdout); err != nil {

@@ -166,7 +166,7 @@ func (c *config) setKeys() error {
 	names, places := map[string]bool{}, map[string]string{}
 	for i := range c.Keys {
 		k := &c.Keys[i]
-		if derive.CheckServiceName(k.Name) != nil {
+		if derive.CheckKeyName(k.Name) != nil {
 			return fmt.Errorf("key %d: name %q, expected 1 to 63 of a-z, 0-9, dot and dash", i+1, k.Name)
 		}
 		if names[k.Name] {

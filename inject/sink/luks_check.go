@@ -235,7 +235,7 @@ func (h *header) checkTokens() error {
 		switch {
 		case !numberPattern.MatchString(id):
 			return refuse("token %q is not a number", short(id))
-		case derive.CheckServiceName(t.Name) != nil || t.Epoch == 0 || seen[t.Epoch]:
+		case derive.CheckKeyName(t.Name) != nil || t.Epoch == 0 || seen[t.Epoch]:
 			return refuse("token %s has no valid name, or no epoch of its own", id)
 		case len(t.Keyslots) != 1:
 			return refuse("token %s is for %d keyslots, expected 1", id, len(t.Keyslots))

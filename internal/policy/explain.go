@@ -75,7 +75,7 @@ func (t Trial) failed() (out []Condition) {
 func (s *Service) conditions(c Claims) []Condition {
 	if s.useless() {
 		return []Condition{{Name: "uid, unit, via", Expected: "an entry that somebody can meet",
-			Got: "an entry without uid, or with an empty list", Code: CodeDenied}}
+			Got: "an entry without uid, or with an empty list", Code: CodeDenies}}
 	}
 	out := []Condition{{
 		Name: "uid", Expected: "one of " + joinInts(s.UIDs), Got: fmt.Sprint(c.UID),
@@ -95,8 +95,8 @@ func (s *Service) conditions(c Claims) []Condition {
 
 func (v *VM) conditions(c VMClaims) []Condition {
 	out := []Condition{
-		{Name: "deny", Expected: "an entry without deny", Got: "deny = true", Holds: !v.Deny, Code: CodeDenied},
-		{Name: "keys", Expected: "an entry with keys", Got: "keys = []", Holds: len(v.Keys) > 0, Code: CodeDenied},
+		{Name: "deny", Expected: "an entry without deny", Got: "deny = true", Holds: !v.Deny, Code: CodeDenies},
+		{Name: "keys", Expected: "an entry with keys", Got: "keys = []", Holds: len(v.Keys) > 0, Code: CodeDenies},
 		{Name: "tier", Expected: quote(v.Tier), Got: quote(c.Tier), Holds: v.Tier == c.Tier, Code: CodeTier},
 	}
 	if v.Name != "" {
@@ -127,7 +127,7 @@ var words = map[string]string{"via": "transport", "name": "domain name", "hosts"
 // the policy expects.
 func (c Condition) refusal(rule, next string) Decision {
 	reason := fmt.Sprintf("%s does not allow this %s, which is %s; %s", rule, nameOr(words[c.Name], c.Name), c.Got, next)
-	if c.Code == CodeDenied {
+	if c.Code == CodeDenies {
 		reason = fmt.Sprintf("%s allows nobody; %s", rule, next)
 	}
 	return Decision{Rule: rule, Code: c.Code, Reason: reason, Expected: clip(c.Name + ": " + c.Expected)}
@@ -145,7 +145,7 @@ func clip(s string) string {
 // refuseService says why no entry allows a caller, by the entry that came nearest: the one with the fewest conditions that
 // failed, and the first of these.
 func (p *Policy) refuseService(name string, c Claims) Decision {
-	if err := derive.CheckServiceName(name); err != nil {
+	if err := derive.CheckKeyName(name); err != nil {
 		return Decision{Code: CodeBadName, Reason: err.Error(), Expected: "a service's name"}
 	}
 	trials := p.ExplainService(name, c)
@@ -167,7 +167,7 @@ func (p *Policy) refuseService(name string, c Claims) Decision {
 // severity orders refusals: an entry that allows nobody is the farthest from allowing.
 func (t Trial) severity() int {
 	failed := t.failed()
-	if len(failed) == 1 && failed[0].Code == CodeDenied {
+	if len(failed) == 1 && failed[0].Code == CodeDenies {
 		return math.MaxInt
 	}
 	return len(failed)

@@ -64,7 +64,7 @@ func checkServiceName(t *tomlfile.Table, name string) (prefix string, glob bool)
 	}
 	if glob && prefix == "" {
 		t.Errorf("name", "expected at least one character before the *: an entry for all services cannot be told from a mistake")
-	} else if err := derive.CheckServiceName(probe); err != nil {
+	} else if err := derive.CheckKeyName(probe); err != nil {
 		t.Errorf("name", "expected the name of a service such as \"db\", or its beginning and a * such as \"db-*\", got %.64q: %v", name, err)
 	}
 	return prefix, glob
@@ -228,7 +228,7 @@ func readKeys(t *tomlfile.Table, v *VM) {
 const maxKeys = 64
 
 func addKey(t *tomlfile.Table, at string, v *VM, k Key) {
-	if err := derive.CheckServiceName(k.Name); err != nil {
+	if err := derive.CheckKeyName(k.Name); err != nil {
 		t.Errorf(at, "expected names of keys such as \"disk\", got %.64q: %v", k.Name, err)
 		return
 	}

@@ -25,7 +25,7 @@ const (
 // Codes of refusals. They are stable: scripts and alarms match them.
 const (
 	CodeNoPolicy = "no-policy"       // no entry for this service or VM
-	CodeDenied   = "policy-denies"   // the entry allows nobody
+	CodeDenies   = "policy-denies"   // the entry allows nobody
 	CodeUID      = "wrong-uid"       // the caller's uid is not in the entry
 	CodeUnit     = "wrong-unit"      // the caller's unit is not in the entry, or unknown
 	CodeDoor     = "wrong-door"      // not through this transport
@@ -141,7 +141,7 @@ func (p *Policy) NamesUID(uid uint32) bool { return p.uids[uid] }
 // matching yields the entries whose names match, in no order.
 func (p *Policy) matching(name string) func(yield func(*Service) bool) {
 	return func(yield func(*Service) bool) {
-		if derive.CheckServiceName(name) != nil {
+		if derive.CheckKeyName(name) != nil {
 			return
 		}
 		for _, s := range p.exact[name] {
