@@ -27,10 +27,18 @@ const answerWait = 30 * time.Second
 // dialAgain is the pause before a socket is tried again whose queue of connections is full.
 const dialAgain = 5 * time.Millisecond
 
-// unixClient speaks HTTP to one Unix socket of the broker.
-func unixClient(socket string) *http.Client {
-	c := tcpClient()
-	c.Transport.(*http.Transport).DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+// A server is a broker as one reaches it: at a Unix socket or an address.
+type server struct {
+	client *http.Client
+	at     string // the socket or the address, in messages
+	host   string // in URLs
+	absent string // what to do when nobody is there
+}
+
+// unixServer speaks HTTP to one Unix socket of the broker.
+func unixServer(socket string) *server {
+	s := &server{plainClient(), socket, "localhost", "`systemctl start keybroker` starts it; --state-dir names another broker"}
+	s.client.Transport.(*http.Transport).DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
 		for { // a full queue is EAGAIN at once, where TCP would try again by itself
 			conn, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
 			if !errors.Is(err, unix.EAGAIN) {
@@ -43,11 +51,16 @@ func unixClient(socket string) *http.Client {
 			}
 		}
 	}
-	return c
+	return s
 }
 
-// tcpClient speaks HTTP to the broker and to nobody on its behalf: it takes no proxy and follows nowhere.
-func tcpClient() *http.Client {
+// tcpServer speaks HTTP to the broker at an address.
+func tcpServer(address string) *server {
+	return &server{plainClient(), address, address, "`systemctl start keybroker` starts it; listen in broker.toml says at which addresses it is"}
+}
+
+// plainClient speaks HTTP to the broker and to nobody on its behalf: it takes no proxy and follows nowhere.
+func plainClient() *http.Client {
 	return &http.Client{
 		Timeout:       answerWait,
 		Transport:     &http.Transport{DisableKeepAlives: true},
@@ -72,23 +85,33 @@ func (g *globals) ask(ctx context.Context, method, path string, v any) error {
 }
 
 func request(ctx context.Context, socket, method, path string) ([]byte, error) {
-	r, err := http.NewRequestWithContext(ctx, method, "http://localhost"+path, nil)
+	s := unixServer(socket)
+	r, err := http.NewRequestWithContext(ctx, method, "http://"+s.host+path, nil)
 	if err != nil {
 		return nil, err
 	}
-	return answer(unixClient(socket), r, socket)
+	return s.answer(r)
 }
 
-// answer sends a request to the broker, which is at a socket or an address, and returns what it gives or its refusal.
-func answer(client *http.Client, r *http.Request, at string) ([]byte, error) {
-	response, err := client.Do(r)
+// do sends a request to the broker.
+func (s *server) do(r *http.Request) (*http.Response, error) {
+	response, err := s.client.Do(r)
 	if err != nil {
-		return nil, unreachable(at, err)
+		return nil, s.unreachable(err)
+	}
+	return response, nil
+}
+
+// answer sends a request to the broker and returns what it gives or its refusal.
+func (s *server) answer(r *http.Request) ([]byte, error) {
+	response, err := s.do(r)
+	if err != nil {
+		return nil, err
 	}
 	defer response.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(response.Body, maxAnswer))
 	if err != nil {
-		return nil, fmt.Errorf("reading the answer of the broker at %s: %w", at, err)
+		return nil, fmt.Errorf("reading the answer of the broker at %s: %w", s.at, err)
 	}
 	if response.StatusCode/100 == 2 {
 		return body, nil
@@ -97,7 +120,7 @@ func answer(client *http.Client, r *http.Request, at string) ([]byte, error) {
 	if json.Unmarshal(body, &refusal) == nil && refusal.Code != "" {
 		return nil, refusal
 	}
-	return nil, fmt.Errorf("the broker at %s answered with status %d: %s", at, response.StatusCode, bytes.TrimSpace(body[:min(len(body), 200)]))
+	return nil, fmt.Errorf("the broker at %s answered with status %d: %s", s.at, response.StatusCode, bytes.TrimSpace(body[:min(len(body), 200)]))
 }
 
 // hungUp is a connection that ended unanswered: systemd listens for a broker that it may not start, or one that just ends.
@@ -106,20 +129,16 @@ func hungUp(err error) bool {
 		strings.Contains(err.Error(), "server closed idle connection") // before the request was written; net/http exports no such error
 }
 
-// unreachable says what it means that a socket, or an address, does not answer.
-func unreachable(at string, err error) error {
+// unreachable says what it means that the broker does not answer.
+func (s *server) unreachable(err error) error {
 	var timeout net.Error
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ECONNREFUSED), hungUp(err):
-		hint := "`systemctl start keybroker` starts it; --state-dir names another broker"
-		if !strings.Contains(at, "/") {
-			hint = "`systemctl start keybroker` starts it; listen in broker.toml says at which addresses it is"
-		}
-		return hintedError{fmt.Errorf("no broker serves %s", at), hint}
+		return hintedError{fmt.Errorf("no broker serves %s", s.at), s.absent}
 	case errors.Is(err, fs.ErrPermission):
-		return hintedError{fmt.Errorf("this user may not open %s", at), "run it as root, or as a member of group keybroker to read status"}
+		return hintedError{fmt.Errorf("this user may not open %s", s.at), "run it as root, or as a member of group keybroker to read status"}
 	case errors.As(err, &timeout) && timeout.Timeout():
-		return hintedError{fmt.Errorf("the broker at %s did not answer in time", at), "`journalctl -u keybroker` may say why"}
+		return hintedError{fmt.Errorf("the broker at %s did not answer in time", s.at), "`journalctl -u keybroker` may say why"}
 	}
-	return fmt.Errorf("asking the broker at %s: %w", at, err)
+	return fmt.Errorf("asking the broker at %s: %w", s.at, err)
 }

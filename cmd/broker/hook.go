@@ -200,9 +200,9 @@ func postHook(ctx context.Context, socket string, e hypervisor.HookEvent) error 
 		return err
 	}
 	r.Header.Set("Content-Type", "application/json")
-	response, err := unixClient(socket).Do(r)
+	response, err := unixServer(socket).do(r)
 	if err != nil {
-		return unreachable(socket, err)
+		return err
 	}
 	defer response.Body.Close()
 	if response.StatusCode/100 == 2 {

@@ -90,16 +90,16 @@ func checkServer(server string) error {
 }
 
 // fetchKey is one GET /v1/keys/{service}.
-func (g *globals) fetchKey(ctx context.Context, service string, epoch uint32, server string) ([]byte, error) {
+func (g *globals) fetchKey(ctx context.Context, service string, epoch uint32, address string) ([]byte, error) {
 	p, err := g.paths()
 	if err != nil {
 		return nil, err
 	}
-	client, host, at := unixClient(p.Socket), "localhost", p.Socket
-	if server != "" {
-		client, host, at = tcpClient(), server, server
+	s := unixServer(p.Socket)
+	if address != "" {
+		s = tcpServer(address)
 	}
-	url := "http://" + host + "/v1/keys/" + service
+	url := "http://" + s.host + "/v1/keys/" + service
 	if epoch > 0 {
 		url += "?epoch=" + strconv.FormatUint(uint64(epoch), 10)
 	}
@@ -108,9 +108,9 @@ func (g *globals) fetchKey(ctx context.Context, service string, epoch uint32, se
 		return nil, usageError{err}
 	}
 	r.Header.Set("Keybroker", "1")
-	key, err := answer(client, r, at)
+	key, err := s.answer(r)
 	if err == nil && len(key) != 32 && len(key) != 64 {
-		return nil, fmt.Errorf("what answers at %s is no broker: a key has 32 or 64 octets, this has %d", at, len(key))
+		return nil, fmt.Errorf("what answers at %s is no broker: a key has 32 or 64 octets, this has %d", s.at, len(key))
 	}
 	return key, err
 }
