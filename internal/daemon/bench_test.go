@@ -323,14 +323,8 @@ func benchDerive(b *testing.T) {
 }
 
 func startHolder(b testing.TB, master derive.Master) *derive.Holder {
-	page, err := derive.NewPage()
-	if err != nil {
-		b.Fatal(err)
-	}
+	page := filledPage(b, master)
 	defer page.Close()
-	if err := derive.FillPage(page, []derive.Master{master}); err != nil {
-		b.Fatal(err)
-	}
 	h, err := derive.StartHolder(context.Background(), page, derive.HolderConfig{Command: []string{"/proc/self/exe", "keyholder-serve"}})
 	if err != nil {
 		b.Fatal(err)

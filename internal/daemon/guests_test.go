@@ -79,7 +79,7 @@ func newTestBroker(t *testing.T, policyText string, settings func(*config.Config
 	b.guests, b.metrics = newGuests(b), newMetrics(func() float64 { return 1 })
 	t.Cleanup(b.close)
 	open := func(ctx context.Context) (*derive.Holder, string) {
-		h, err := b.realm.start(ctx, filledPage(t))
+		h, err := b.realm.start(ctx, filledPage(t, derive.RandomMaster()))
 		if err != nil {
 			t.Error(err)
 		}
@@ -115,6 +115,11 @@ func newTestGuest(t *testing.T, b *Broker) (x *guest, kill func()) {
 		b: b, domain: hypervisor.Domain{UUID: testVM, Name: "web1", CID: 7, Metadata: true, Running: true}, process: p,
 		ctx: t.Context(), asks: rate.NewLimiter(rate.Every(askEvery), askBurst), hint: make(chan struct{}, 1),
 	}, kill
+}
+
+// diskClaim asks for testVM's disk.
+func diskClaim() *inject.Claim {
+	return &inject.Claim{Tier: inject.TierVM, Kind: inject.KindNone, Subject: testVM, Receiver: [32]byte{1}, Want: []inject.Want{{Name: "disk"}}}
 }
 
 // Each thing that a release needs is looked at, and what is not as it should be is refused with its code, and recorded.
@@ -192,7 +197,7 @@ func TestDecide(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s := &setting{
-				claim: &inject.Claim{Tier: inject.TierVM, Kind: inject.KindNone, Subject: testVM, Receiver: [32]byte{1}, Want: []inject.Want{{Name: "disk"}}},
+				claim: diskClaim(),
 				live:  func(int) (hypervisor.Domain, error) { return hypervisor.Domain{UUID: testVM, CID: running}, nil },
 			}
 			s.x, s.kill = newTestGuest(t, b)
@@ -229,7 +234,7 @@ func TestAckAfterAnotherSubject(t *testing.T) {
 		return hypervisor.Domain{UUID: testVM, CID: 7}, nil
 	}
 	x, _ := newTestGuest(t, b)
-	claim := &inject.Claim{Tier: inject.TierVM, Kind: inject.KindNone, Subject: testVM, Receiver: [32]byte{1}, Want: []inject.Want{{Name: "disk"}}}
+	claim := diskClaim()
 	if _, err := x.decide(t.Context(), claim); err != nil {
 		t.Fatal(err)
 	}
@@ -265,7 +270,7 @@ func TestDecideWithoutAudit(t *testing.T) {
 	if err := b.audit.Close(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	claim := &inject.Claim{Tier: inject.TierVM, Kind: inject.KindNone, Subject: testVM, Receiver: [32]byte{1}, Want: []inject.Want{{Name: "disk"}}}
+	claim := diskClaim()
 	if g, err := x.decide(t.Context(), claim); !errors.Is(err, inject.Refusal{Code: inject.CodeAudit}) || g != nil {
 		t.Errorf("%v, %+v", err, g)
 	}

@@ -38,13 +38,14 @@ func newTestRealm(t *testing.T) (r *realm, events func() []audit.Event) {
 	}
 }
 
-func filledPage(t *testing.T) *os.File {
+// filledPage is a secret page with this master's keys.
+func filledPage(t testing.TB, master derive.Master) *os.File {
 	t.Helper()
 	page, err := derive.NewPage()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := derive.FillPage(page, []derive.Master{derive.RandomMaster()}); err != nil {
+	if err := derive.FillPage(page, []derive.Master{master}); err != nil {
 		t.Fatal(err)
 	}
 	return page
@@ -54,11 +55,13 @@ func filledPage(t *testing.T) *os.File {
 func TestPinAgainstThePage(t *testing.T) {
 	r, events := newTestRealm(t)
 	r.cfg.Realm = "00112233445566778899aabbccddeeff"
-	h := r.attempt(t.Context(), func(ctx context.Context) (*derive.Holder, string) { return r.resume(ctx, filledPage(t)) })
+	h := r.attempt(t.Context(), func(ctx context.Context) (*derive.Holder, string) {
+		return r.resume(ctx, filledPage(t, derive.RandomMaster()))
+	})
 	if _, err := r.current(); h != nil || !errors.Is(err, inject.ErrLocked) || len(events()) != 0 {
 		t.Errorf("%v, %v, %v", h, err, events())
 	}
-	page := filledPage(t)
+	page := filledPage(t, derive.RandomMaster())
 	defer page.Close()
 	if _, err := r.start(t.Context(), page); err == nil || !strings.Contains(err.Error(), "expected "+r.cfg.Realm) {
 		t.Error(err)
@@ -70,7 +73,7 @@ func TestLockEndsTheKeyholder(t *testing.T) {
 	r, events := newTestRealm(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	ready, done := make(chan struct{}), make(chan error, 1)
-	go func() { done <- r.run(ctx, filledPage(t), func() { close(ready) }) }()
+	go func() { done <- r.run(ctx, filledPage(t, derive.RandomMaster()), func() { close(ready) }) }()
 	<-ready
 	h, err := r.current()
 	if err != nil {
@@ -113,7 +116,7 @@ func TestLockEndsAnAttempt(t *testing.T) {
 				if !late {
 					<-ctx.Done()
 				}
-				h, err := r.start(context.WithoutCancel(ctx), filledPage(t))
+				h, err := r.start(context.WithoutCancel(ctx), filledPage(t, derive.RandomMaster()))
 				if err != nil {
 					t.Error(err)
 				}
