@@ -2,14 +2,18 @@ package e2e
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -24,12 +28,24 @@ var killAt = flag.String("kill", "sample", "kill at `WHICH` calls: sample, all o
 
 // chosen returns which of the calls 1 to total to kill at. A sample has so many (0: all), evenly spread, the first and the last
 // among them.
-func chosen(total, sample int) (ns []int) {
+func chosen(t *testing.T, total, sample int) (ns []int) {
+	t.Helper()
 	from, to, n := 1, total, total
-	if *killAt == "sample" && sample > 0 {
-		n = min(sample, total)
-	} else if _, err := fmt.Sscanf(*killAt, "%d-%d", &from, &to); err == nil {
+	first, last, ranged := strings.Cut(*killAt, "-")
+	switch {
+	case *killAt == "all":
+	case *killAt == "sample":
+		n = min(cmp.Or(sample, total), total)
+	case ranged:
+		var err1, err2 error
+		from, err1 = strconv.Atoi(first)
+		to, err2 = strconv.Atoi(last)
+		if err := errors.Join(err1, err2); err != nil || from < 1 || to < from {
+			t.Fatalf("-kill=%s: expected FROM-TO, as 41-80: %v", *killAt, err)
+		}
 		n = to - from + 1
+	default:
+		t.Fatalf("-kill=%s: expected sample, all or FROM-TO", *killAt)
 	}
 	for i := range n {
 		ns = append(ns, from+i*(to-from)/max(1, n-1))
@@ -148,7 +164,7 @@ func (k *killedCommand) killed(n int) *trace {
 	s := k.on()
 	tr := traced(k.ctx, k.t, n, s.command(k.args...)...)
 	tr.wait()
-	if tr.killed == 0 && (len(tr.exits) != 1 || slices.Max(mapValues(tr.exits)) != 0) {
+	if tr.killed == 0 && (len(tr.exits) != 1 || slices.Max(slices.Collect(maps.Values(tr.exits))) != 0) {
 		k.t.Fatalf("the command ended with %v: %s", tr.exits, tr.output.String())
 	}
 	k.after(s, tr.killed == 0)
@@ -159,18 +175,11 @@ func (k *killedCommand) killed(n int) *trace {
 	return tr
 }
 
-func mapValues(m map[int]int) (vs []int) {
-	for _, v := range m {
-		vs = append(vs, v)
-	}
-	return vs
-}
-
 // walk counts the calls, and kills at the chosen ones.
 func (k *killedCommand) walk() {
 	k.t.Helper()
 	total := len(k.killed(0).points)
-	ns, missed := chosen(total, k.most), 0
+	ns, missed := chosen(k.t, total, k.most), 0
 	var at []string
 	for _, n := range ns {
 		tr := k.killed(n)
