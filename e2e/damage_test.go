@@ -6,72 +6,21 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"iter"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"regexp"
 	"runtime"
-	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/go-json-experiment/json"
 	"golang.org/x/sys/unix"
 
 	"keybroker/internal/daemon"
 )
-
-const (
-	stateFolder = "/var/lib/keybroker"
-	brokerTOML  = "/etc/keybroker/broker.toml"
-)
-
-// coldStart starts the broker with nothing in systemd's descriptor store, and brings the passphrase if the TPM does not open the
-// realm any more, as it may after another test.
-func coldStart(ctx context.Context, t *testing.T) {
-	t.Helper()
-	sh(ctx, t, "systemctl stop keybroker.service; systemctl reset-failed keybroker.service; systemctl start keybroker.service")
-	unlockedIfNeeded(ctx, t)
-}
-
-// unlockedIfNeeded waits until the realm is open, or brings the passphrase that it waits for.
-func unlockedIfNeeded(ctx context.Context, t *testing.T) {
-	t.Helper()
-	sh(ctx, t, "for n in $(seq 300); do keybroker status 2>/dev/null | grep -qE '^realm .* (open|waiting)' && exit; sleep 0.1; done; keybroker status; exit 1")
-	if status(ctx, t).Realm.State == "waiting" {
-		sh(ctx, t, "keybroker unlock --passphrase-file /root/realm/passphrase")
-	}
-	brokerOpen(ctx, t)
-}
-
-// status is the running broker's.
-func status(ctx context.Context, t *testing.T) (s daemon.Status) {
-	t.Helper()
-	if err := json.Unmarshal([]byte(sh(ctx, t, "keybroker status --json")), &s); err != nil {
-		t.Fatal(err)
-	}
-	return s
-}
-
-// settings puts a broker.toml in place until the test ends. The broker reads it at its next start.
-func settings(t *testing.T, text string) {
-	t.Helper()
-	old, err := os.ReadFile(brokerTOML)
-	had := err == nil
-	t.Cleanup(func() {
-		if had {
-			os.WriteFile(brokerTOML, old, 0o644)
-		} else {
-			os.Remove(brokerTOML)
-		}
-	})
-	if err := os.WriteFile(brokerTOML, []byte(text), 0o644); err != nil {
-		t.Fatal(err)
-	}
-}
 
 // A client is a connection of some user to the Unix socket.
 type client struct {
@@ -132,77 +81,95 @@ func smallDisk(ctx context.Context, t *testing.T, room int) {
 	})
 }
 
+// users are those who may have the service's key of TestFullDisk.
+const users = 999
+
+// A counter asks for a service's key and counts those that it got.
+type counter struct {
+	t       *testing.T
+	service string
+	keys    int
+}
+
+// ask returns the refusal's code, or "" for a key.
+func (n *counter) ask(c *client) string {
+	n.t.Helper()
+	answer, body := c.key(n.service)
+	if answer == http.StatusOK {
+		n.keys++
+		return ""
+	}
+	refusal := regexp.MustCompile(`"code":\s*"([a-z-]+)"`).FindStringSubmatch(body)
+	if answer != http.StatusServiceUnavailable && answer != http.StatusTooManyRequests || refusal == nil {
+		n.t.Fatalf("status %d: %s", answer, body)
+	}
+	return refusal[1]
+}
+
+// useUp has user after user ask for keys until there is no room for their records.
+func (n *counter) useUp() {
+	n.t.Helper()
+	one, code := clientOf(n.t, 1), ""
+	for code == "" && n.keys < 1<<16 { // the room that the log has allocated already
+		code = n.ask(one)
+	}
+	n.t.Logf("the first user had %d keys, then %s", n.keys, code)
+	if code != "busy" {
+		n.t.Errorf("a user who asks too often while there is only the reserve is refused with %s", code)
+	}
+	for uid := 2; code != "audit-unavailable" && uid <= users; uid++ {
+		user := clientOf(n.t, uid)
+		for code = n.ask(user); code == ""; code = n.ask(user) {
+		}
+	}
+	n.t.Logf("%d keys in all, then %s", n.keys, code)
+	if code != "audit-unavailable" {
+		n.t.Fatal("there always is room in the log")
+	}
+}
+
+// recorded holds that the audit has as many releases as there were keys.
+func (n *counter) recorded(ctx context.Context) {
+	n.t.Helper()
+	out := sh(ctx, n.t, "keybroker audit query --json --limit 0 --event release --subject "+n.service)
+	if got := strings.Count(out, `"release"`); got != n.keys {
+		n.t.Errorf("%d keys left, and the audit has %d records of them", n.keys, got)
+	}
+}
+
 // TestFullDisk: when the audit log has no room, nobody gets a key; when it has some again, they do, without anybody's help.
 func TestFullDisk(t *testing.T) {
 	ctx := operated(t)
 	brokerOpen(ctx, t)
-	const service = "e2e-full"
 	settings(t, "[audit]\nreserve = \"64KiB\"\n")
 	smallDisk(ctx, t, 3<<20)
 	coldStart(ctx, t)
-	const users = 999
-	uids := strings.Trim(fmt.Sprint(slices.Collect(upTo(users))), "[]")
-	admit(ctx, t, service, "[[service]]\nname = \""+service+"\"\nuid = ["+strings.ReplaceAll(uids, " ", ", ")+"]\n")
+	n := &counter{t: t, service: "e2e-full"}
+	var uids []string
+	for uid := range users {
+		uids = append(uids, strconv.Itoa(uid+1))
+	}
+	admit(ctx, t, n.service, "[[service]]\nname = \""+n.service+"\"\nuid = ["+strings.Join(uids, ", ")+"]\n")
 	g := admitted(ctx, t, "full")
 
-	keys := 0
-	ask := func(c *client) string { // the refusal's code, or ""
-		code, body := c.key(service)
-		if code == http.StatusOK {
-			keys++
-			return ""
-		}
-		refusal := regexp.MustCompile(`"code":\s*"([a-z-]+)"`).FindStringSubmatch(body)
-		if code != http.StatusServiceUnavailable && code != http.StatusTooManyRequests || refusal == nil {
-			t.Fatalf("status %d: %s", code, body)
-		}
-		return refusal[1]
-	}
-	one := clientOf(t, 1)
-	if code := ask(one); code != "" {
+	if code := n.ask(clientOf(t, 1)); code != "" {
 		t.Fatalf("refused with %s before the disk is full", code)
 	}
 	sh(ctx, t, "head -c 1G /dev/zero >/run/small/ballast || [ $(df --output=avail -B 1 /run/small | tail -n 1) = 0 ]")
-	code := ""
-	for code == "" && keys < 1<<16 { // the room that the log has allocated already
-		code = ask(one)
-	}
-	t.Logf("the first user had %d keys, then %s", keys, code)
-	if code != "busy" {
-		t.Errorf("a user who asks too often while there is only the reserve is refused with %s", code)
-	}
-	for uid := 2; code != "audit-unavailable" && uid <= users; uid++ {
-		user := clientOf(t, uid)
-		for code = ask(user); code == ""; code = ask(user) {
-		}
-	}
-	t.Logf("%d keys in all, then %s", keys, code)
-	if code != "audit-unavailable" {
-		t.Fatal("there always is room in the log")
-	}
-	if got := released(ctx, t, service); got != keys {
-		t.Errorf("%d keys left, and the audit has %d records of them", keys, got)
-	}
+	n.useUp()
+	n.recorded(ctx)
 	sh(ctx, t, "systemctl restart keybroker.service")
 	brokerOpen(ctx, t)
 	before := status(ctx, t)
 	if !strings.Contains(before.Audit.Trouble, "full") {
 		t.Errorf("after a restart status says of the audit %q", before.Audit.Trouble)
 	}
-	if code := ask(clientOf(t, 1)); code != "audit-unavailable" {
+	if code := n.ask(clientOf(t, 1)); code != "audit-unavailable" {
 		t.Errorf("after a restart on the full disk a service got %q", code)
 	}
-
 	from := g.ConsoleEnd()
 	g.start()
-	g.expect(from, "audit-unavailable")
-	g.until("refused", func(v daemon.VMStatus) bool { return v.Code == "audit-unavailable" })
-	if n := g.releases(); n != 0 {
-		t.Errorf("the audit has %d releases to the guest", n)
-	}
-	if _, next, _ := g.Wait(step(ctx, t), from, "audit-unavailable"); strings.Contains(consoleFrom(t, g, next), "ready:") {
-		t.Error("the guest has its key")
-	}
+	g.refusedOnFullDisk(from)
 
 	sh(ctx, t, "rm /run/small/ballast")
 	freed := time.Now()
@@ -211,12 +178,10 @@ func TestFullDisk(t *testing.T) {
 		t.Errorf("the guest had its key %v after there was room again", took)
 	}
 	g.open()
-	if code := ask(clientOf(t, 1)); code != "" {
+	if code := n.ask(clientOf(t, 1)); code != "" {
 		t.Errorf("a service is refused with %s though there is room again", code)
 	}
-	if got := released(ctx, t, service); got != keys {
-		t.Errorf("%d keys left, and the audit has %d records of them", keys, got)
-	}
+	n.recorded(ctx)
 	after := status(ctx, t)
 	if after.PID != before.PID {
 		t.Error("the broker was restarted")
@@ -230,18 +195,17 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
-// upTo yields 1 to n.
-func upTo(n int) iter.Seq[int] {
-	return func(yield func(int) bool) {
-		for i := 1; i <= n && yield(i); i++ {
-		}
+// refusedOnFullDisk holds that the guest, which started at this offset of its console, gets no key for want of a record.
+func (g *guest) refusedOnFullDisk(from int64) {
+	g.t.Helper()
+	_, next := g.expect(from, "audit-unavailable")
+	g.until("refused", func(v daemon.VMStatus) bool { return v.Code == "audit-unavailable" })
+	if n := g.releases(); n != 0 {
+		g.t.Errorf("the audit has %d releases to the guest", n)
 	}
-}
-
-// released counts the audit's releases to a service.
-func released(ctx context.Context, t *testing.T, service string) int {
-	t.Helper()
-	return strings.Count(sh(ctx, t, "keybroker audit query --json --limit 0 --event release --subject "+service), `"release"`)
+	if strings.Contains(consoleFrom(g.t, g, next), "ready:") {
+		g.t.Error("the guest has its key")
+	}
 }
 
 func consoleFrom(t *testing.T, g *guest, from int64) string {
@@ -355,15 +319,14 @@ func TestMissingTPM(t *testing.T) {
 	const device, away = "/dev/tpmrm0", "/dev/tpm-away"
 	waits := func(t *testing.T, want string) {
 		t.Helper()
-		sh(ctx, t, "for n in $(seq 300); do keybroker status 2>/dev/null | grep -q '^realm .* waiting' && exit; sleep 0.1; done; keybroker status; exit 1")
+		brokerWaits(ctx, t)
 		if why := status(ctx, t).Realm.Why; !strings.Contains(why, want) || !strings.Contains(why, "keybroker unlock") {
 			t.Errorf("status says %q, expected %q and what to do", why, want)
 		}
 		if out := sh(ctx, t, "journalctl -b -q --no-pager -u keybroker.service -n 20"); !strings.Contains(out, want) {
 			t.Errorf("the journal says %s, expected %q", out, want)
 		}
-		sh(ctx, t, "keybroker unlock --passphrase-file /root/realm/passphrase")
-		brokerOpen(ctx, t)
+		unlocked(ctx, t)
 		asService(ctx, t, "keybroker key get my-database --hex")
 	}
 	t.Run("the device is gone", func(t *testing.T) {
@@ -379,13 +342,13 @@ func TestMissingTPM(t *testing.T) {
 		if err == nil || !strings.Contains(string(out), device) || !strings.Contains(string(out), "--tpm PATH names another") {
 			t.Errorf("slot test: %v, %s", err, out)
 		}
-		sh(ctx, t, "systemctl stop keybroker.service; systemctl start keybroker.service")
+		startAnew(ctx, t)
 		waits(t, device)
 	})
 	t.Run("another path", func(t *testing.T) {
 		t.Cleanup(func() { coldStart(context.WithoutCancel(ctx), t) })
 		settings(t, "tpm = \"/dev/tpm-of-another\"\n")
-		sh(ctx, t, "systemctl stop keybroker.service; systemctl start keybroker.service")
+		startAnew(ctx, t)
 		waits(t, "/dev/tpm-of-another")
 	})
 }

@@ -59,12 +59,6 @@ func TestReceiver(t *testing.T) {
 	g.expect(from, "ready:")
 }
 
-// brokerIs waits until systemd says so, and the realm's state is as wanted.
-func brokerOpen(ctx context.Context, t *testing.T) {
-	t.Helper()
-	sh(ctx, t, "for n in $(seq 300); do keybroker status 2>/dev/null | grep -q '^realm .* open ' && exit; sleep 0.1; done; keybroker status; exit 1")
-}
-
 // TestAnyOrder: a VM that starts while the broker or libvirt is away opens its disk without help when they are back.
 func TestAnyOrder(t *testing.T) {
 	ctx := operated(t)
@@ -81,7 +75,7 @@ func TestAnyOrder(t *testing.T) {
 		g := &guest{g.Spec, t, ctx}
 		g.reboots(func() {
 			g.virsh("reset")
-			sh(ctx, t, "systemctl kill -s KILL --kill-who=main keybroker.service")
+			signalBroker(ctx, t, "KILL")
 		})
 		g.open()
 		g.marked("first-boot")
@@ -89,18 +83,12 @@ func TestAnyOrder(t *testing.T) {
 	t.Run("libvirtd restarts", func(t *testing.T) {
 		g := &guest{g.Spec, t, ctx}
 		sh(ctx, t, "systemctl restart libvirtd.service")
-		sh(ctx, t, "for n in $(seq 300); do keybroker status | grep -q '^libvirt *connected' && exit; sleep 0.1; done; exit 1")
+		statusSays(ctx, t, "^libvirt *connected")
 		g.reboots(func() { g.virsh("reset") })
 		g.open()
 		g.marked("first-boot")
 	})
 	sh(ctx, t, "keybroker audit verify --identity "+pin(ctx, t))
-}
-
-// asService is a command line run by the service's user.
-func asService(ctx context.Context, t *testing.T, command string) string {
-	t.Helper()
-	return sh(ctx, t, "setpriv --reuid 1001 --regid 1001 --clear-groups "+command)
 }
 
 // TestHungLibvirt: a libvirtd that does not answer harms no service, and status says so.
@@ -109,7 +97,7 @@ func TestHungLibvirt(t *testing.T) {
 	brokerOpen(ctx, t)
 	sh(ctx, t, "systemctl kill -s STOP libvirtd.service")
 	t.Cleanup(func() { sh(context.WithoutCancel(ctx), t, "systemctl kill -s CONT libvirtd.service") })
-	sh(ctx, t, "for n in $(seq 300); do keybroker status | grep -q '^libvirt *not connected' && exit; sleep 0.1; done; keybroker status; exit 1")
+	statusSays(ctx, t, "^libvirt *not connected")
 	began := time.Now()
 	asService(ctx, t, "keybroker key get my-database --hex")
 	if took := time.Since(began); took > 5*time.Second {
@@ -137,14 +125,15 @@ func TestPlainDomainIsLeftAlone(t *testing.T) {
 	}
 	running := hook()
 	g := admitted(ctx, t, "hung")
-	sh(ctx, t, "systemctl kill -s STOP --kill-who=main keybroker.service")
+	t.Cleanup(func() { signalBroker(context.WithoutCancel(ctx), t, "CONT") })
+	signalBroker(ctx, t, "STOP")
 	stopped := hook()
 	t.Logf("hook for a plain domain: %v, with a hung broker %v", running, stopped)
 	if stopped > 2*running+time.Second/2 {
 		t.Errorf("a hung broker slows a plain domain: %v, else %v", stopped, running)
 	}
 	g.start()
-	sh(ctx, t, "systemctl kill -s CONT --kill-who=main keybroker.service")
+	signalBroker(ctx, t, "CONT")
 	g.open()
 }
 
@@ -335,7 +324,7 @@ func TestRestart(t *testing.T) {
 		t.Errorf("after %d requests: %v", count, err)
 	}
 	t.Logf("%d requests over a restart", count)
-	sh(ctx, t, "systemctl kill -s KILL --kill-who=main keybroker.service") // what is in flight then is lost; what comes after waits
+	signalBroker(ctx, t, "KILL") // what is in flight then is lost; what comes after waits
 	brokerOpen(ctx, t)
 	if got, err := serviceKey(ctx); err != nil || got != want {
 		t.Errorf("after a kill -9: %v, the same key: %v", err, got == want)
@@ -344,13 +333,12 @@ func TestRestart(t *testing.T) {
 		t.Error("the journal does not say that it resumed")
 	}
 
-	sh(ctx, t, "systemctl stop keybroker.service; systemctl start keybroker.service")
-	sh(ctx, t, "for n in $(seq 300); do keybroker status | grep -q '^realm .* waiting' && exit; sleep 0.1; done; keybroker status; exit 1")
+	startAnew(ctx, t)
+	brokerWaits(ctx, t)
 	if out := sh(ctx, t, "keybroker slot test --all </dev/null 2>&1 || true"); !strings.Contains(out, "PCR 7") {
 		t.Errorf("slot test says %s, expected the PCR that changed", out)
 	}
-	sh(ctx, t, "keybroker unlock --passphrase-file /root/realm/passphrase")
-	brokerOpen(ctx, t)
+	unlocked(ctx, t)
 	if got, err := serviceKey(ctx); err != nil || got != want {
 		t.Errorf("after the passphrase: %v, the same key: %v", err, got == want)
 	}

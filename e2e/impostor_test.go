@@ -378,9 +378,8 @@ func TestForeignQEMU(t *testing.T) {
 	}
 
 	// The broker hears of nothing before the foreign guests are up: the moment that is worst for it.
-	const stop, goOn = "systemctl kill -s STOP --kill-who=main keybroker.service", "systemctl kill -s CONT --kill-who=main keybroker.service"
-	t.Cleanup(func() { sh(context.WithoutCancel(ctx), t, goOn) })
-	sh(ctx, t, stop)
+	t.Cleanup(func() { signalBroker(context.WithoutCancel(ctx), t, "CONT") })
+	signalBroker(ctx, t, "STOP")
 	if err := syscall.Kill(v.PID, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
@@ -389,7 +388,7 @@ func TestForeignQEMU(t *testing.T) {
 	for _, f := range []*guest{stolen, free} {
 		f.expect(0, "waiting for the broker")
 	}
-	sh(ctx, t, goOn)
+	signalBroker(ctx, t, "CONT")
 
 	for what, victim := range map[string]*guest{"the CID of a killed VM": killed, "a free CID": off} {
 		t.Run(what, func(t *testing.T) {

@@ -12,7 +12,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -154,7 +153,14 @@ func TestMemory(t *testing.T) {
 	admit(ctx, t, "mark", "[[service]]\nname = \""+mark+"\"\nuid = [1001]\n")
 	broker("while it waits for a passphrase")
 	unlocking := make(chan error, 1)
-	go func() { unlocking <- unlock(ctx, passFile) }()
+	unlock := exec.CommandContext(step(ctx, t), "keybroker", "unlock", "--passphrase-file", passFile)
+	go func() {
+		out, err := unlock.CombinedOutput()
+		if err != nil {
+			err = fmt.Errorf("unlocking: %w: %s", err, out)
+		}
+		unlocking <- err
+	}()
 	for scans, open := 1, false; !open; scans++ {
 		broker("while a passphrase opens the realm")
 		select {
@@ -174,7 +180,8 @@ func TestMemory(t *testing.T) {
 	if err := os.Remove(brokerTOML); err != nil {
 		t.Fatal(err)
 	}
-	sh(ctx, t, "keybroker lock; systemctl stop keybroker.service; systemctl start keybroker.service")
+	sh(ctx, t, "keybroker lock")
+	startAnew(ctx, t)
 	brokerOpen(ctx, t)
 	if by := status(ctx, t).Realm.OpenedBy; !strings.Contains(by, tpm2.Kind) {
 		t.Errorf("opened by %q", by)
@@ -195,21 +202,4 @@ func TestMemory(t *testing.T) {
 	brokerOpen(ctx, t)
 	broker("after a restart")
 	holder("after a restart")
-}
-
-func mainPID(ctx context.Context, t *testing.T) int {
-	t.Helper()
-	pid, err := strconv.Atoi(sh(ctx, t, "systemctl show -P MainPID keybroker.service"))
-	if err != nil || pid == 0 {
-		t.Fatalf("the broker does not run: %v", err)
-	}
-	return pid
-}
-
-func unlock(ctx context.Context, passFile string) error {
-	out, err := exec.CommandContext(ctx, "keybroker", "unlock", "--passphrase-file", passFile).CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("unlocking: %w: %s", err, out)
-	}
-	return nil
 }
