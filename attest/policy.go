@@ -133,10 +133,6 @@ type Problem struct {
 	Got      string
 }
 
-func (p Problem) String() string {
-	return fmt.Sprintf("%s: expected %s, got %s", p.Key, p.Expected, p.Got)
-}
-
 // RuleOf returns how messages name a key of the policy: "snp.toml:12 vmpl".
 func (p *Policy) RuleOf(key string) string {
 	switch line := p.Lines[key]; {

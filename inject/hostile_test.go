@@ -112,7 +112,7 @@ func TestRefusalTravels(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err = s.Release(ctx, c, []Want{{Name: "disk"}})
-	if !errors.Is(err, ErrNoPolicy) || strings.Contains(err.Error(), "INTERNAL") || strings.ContainsRune(err.Error(), 0x1b) {
+	if !errors.Is(err, Refusal{Code: CodeNoPolicy}) || strings.Contains(err.Error(), "INTERNAL") || strings.ContainsRune(err.Error(), 0x1b) {
 		t.Errorf("got %q", err)
 	}
 }

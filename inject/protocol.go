@@ -19,9 +19,8 @@ import (
 
 // Tiers that the protocol names, and the kinds of evidence that come with them.
 const (
-	TierVM   = "vm"
-	TierSNP  = "snp"
-	TierUser = "user"
+	TierVM  = "vm"
+	TierSNP = "snp"
 
 	KindNone = "none"
 )

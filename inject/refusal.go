@@ -36,14 +36,6 @@ const (
 	CodeInternal      Code = "internal"             // the broker's log has the cause
 )
 
-// Sentinels to match with errors.Is, on either side of the network.
-var (
-	ErrNoPolicy      = Refusal{Code: CodeNoPolicy}
-	ErrNoTicket      = Refusal{Code: CodeNoTicket}
-	ErrReceiverTaken = Refusal{Code: CodeReceiverTaken}
-	ErrLocked        = Refusal{Code: CodeLocked}
-)
-
 // Refusal is the answer that gives no key. On the wire it is an unsigned hint.
 type Refusal struct {
 	Code   Code   `json:"code"`
@@ -66,7 +58,7 @@ func (r Refusal) Error() string {
 	return s
 }
 
-// Is matches on the code alone, so that a sentinel holds for a refusal from the network.
+// Is matches on the code alone: errors.Is(err, Refusal{Code: CodeLocked}) holds on either side of the network.
 func (r Refusal) Is(target error) bool {
 	t, ok := target.(Refusal)
 	return ok && t.Code == r.Code

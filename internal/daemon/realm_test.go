@@ -58,7 +58,7 @@ func TestPinAgainstThePage(t *testing.T) {
 	h := r.attempt(t.Context(), func(ctx context.Context) (*derive.Holder, string) {
 		return r.resume(ctx, filledPage(t, derive.RandomMaster()))
 	})
-	if _, err := r.current(); h != nil || !errors.Is(err, inject.ErrLocked) || len(events()) != 0 {
+	if _, err := r.current(); h != nil || !errors.Is(err, inject.Refusal{Code: inject.CodeLocked}) || len(events()) != 0 {
 		t.Errorf("%v, %v, %v", h, err, events())
 	}
 	page := filledPage(t, derive.RandomMaster())
@@ -90,7 +90,7 @@ func TestLockEndsTheKeyholder(t *testing.T) {
 	if _, err := h.ServiceKey(t.Context(), 1, "db", 1, 32); !errors.Is(err, derive.ErrHolderGone) {
 		t.Errorf("who had the keyholder: %v", err)
 	}
-	if _, err := r.current(); !errors.Is(err, inject.ErrLocked) {
+	if _, err := r.current(); !errors.Is(err, inject.Refusal{Code: inject.CodeLocked}) {
 		t.Errorf("who asks: %v", err)
 	}
 	if got, want := events(), []audit.Event{audit.EventUnlock, audit.EventLock}; !slices.Equal(got, want) {
@@ -135,7 +135,7 @@ func TestLockEndsAnAttempt(t *testing.T) {
 		if err := <-locked; err != nil {
 			t.Error(err)
 		}
-		if _, err := r.current(); !errors.Is(err, inject.ErrLocked) || r.state != realmLocked {
+		if _, err := r.current(); !errors.Is(err, inject.Refusal{Code: inject.CodeLocked}) || r.state != realmLocked {
 			t.Errorf("late %v: %v, %s", late, err, r.state)
 		}
 	}

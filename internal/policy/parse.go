@@ -186,16 +186,16 @@ func checkText(t *tomlfile.Table, key, s, what string) {
 func readTier(t *tomlfile.Table, v *VM) {
 	if !t.String("tier", &v.Tier) {
 		if !t.Has("tier") {
-			t.Errorf("tier", "expected tier = %q, got none; an entry names its tier", TierVM)
+			t.Errorf("tier", "expected tier = %q, got none; an entry names its tier", derive.TierVM)
 		}
 		return
 	}
 	switch v.Tier {
-	case TierVM:
+	case derive.TierVM:
 	case "snp", "container", "user":
-		t.Errorf("tier", "this build does not serve tier %q yet; expected tier = %q", v.Tier, TierVM)
+		t.Errorf("tier", "this build does not serve tier %q yet; expected tier = %q", v.Tier, derive.TierVM)
 	default:
-		t.Errorf("tier", "expected tier = %q, got %.40q", TierVM, v.Tier)
+		t.Errorf("tier", "expected tier = %q, got %.40q", derive.TierVM, v.Tier)
 	}
 }
 

@@ -13,9 +13,6 @@ import (
 	"keybroker/derive"
 )
 
-// The tiers that a [[vm]] entry may name.
-const TierVM = "vm"
-
 // The doors through which a service's caller may come.
 const (
 	ViaUnix = "unix" // the Unix socket
@@ -64,7 +61,7 @@ type VM struct {
 	Rule     string   // "policy.toml:20 [[vm]] web1": names the entry everywhere
 	UUID     string   // lower case, 36 octets
 	Name     string   // the domain's name, which must be this; empty: any
-	Tier     string   // always TierVM in this build
+	Tier     string   // always derive.TierVM in this build
 	Subject  string   // whose keys they are: the entry's subject, or its UUID
 	Hosts    []string // names of hosts; nil: any host; empty but not nil: none
 	Keys     []Key    // empty: the entry allows no key

@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"keybroker/derive"
 	"keybroker/internal/tomlfile"
 )
 
@@ -522,7 +523,7 @@ func FuzzParse(f *testing.F) {
 			return
 		}
 		for _, v := range p.VMs() {
-			if v.Tier != TierVM || len(v.UUID) != 36 || len(v.Subject) != 36 || len(v.Keys) > maxKeys || p.byUUID[v.UUID] != v {
+			if v.Tier != derive.TierVM || len(v.UUID) != 36 || len(v.Subject) != 36 || len(v.Keys) > maxKeys || p.byUUID[v.UUID] != v {
 				t.Fatalf("not valid: %+v", v)
 			}
 		}
