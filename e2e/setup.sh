@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # setup.sh PHASES [PROGRAM...]: looks whether this machine can run the lab, with one line for each thing that it lacks
 # and before anything is downloaded, and then installs the few packages that the machine itself gets. Everything else
-# lives in a cached tree that the lab's host VM boots. PROGRAMs (only gcc is known) are wanted besides.
+# lives in a cached tree that the lab's host VM boots. PROGRAMs, each in a package of its name, are wanted besides.
 set -euo pipefail
 
 packages=(swtpm debootstrap debian-archive-keyring xz-utils)
 phases=$1
 shift
 for program in "$@"; do
-	command -v "$program" >/dev/null || packages+=(gcc libc6-dev)
+	command -v "$program" >/dev/null && continue
+	packages+=("$program")
+	[[ $program != gcc ]] || packages+=(libc6-dev)
 done
 
 lacks=()
