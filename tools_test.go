@@ -10,15 +10,9 @@ import (
 	"slices"
 	"strings"
 	"testing"
-)
 
-// need skips a test on a machine without a program.
-func need(t *testing.T, program string) {
-	t.Helper()
-	if _, err := exec.LookPath(program); err != nil {
-		t.Skipf("no %s here: apt-get install %s", program, program)
-	}
-}
+	"keybroker/internal/need"
+)
 
 // command runs a program in a folder and returns what it says.
 func command(t *testing.T, dir string, args ...string) (string, error) {
@@ -74,7 +68,7 @@ func filesBelow(t *testing.T, dir string) map[string]fs.FileMode {
 
 // Every program and file that an installed unit, the hook, doctor or the guide names is installed; uninstall leaves nothing; policy is never made.
 func TestInstall(t *testing.T) {
-	need(t, "make")
+	need.Program(t, "make")
 	doctor, err := os.ReadFile("cmd/broker/doctor.go")
 	if err != nil {
 		t.Fatal(err)
@@ -149,7 +143,7 @@ func checkNames(t *testing.T, in, text, prefix string, found map[string]fs.FileM
 
 // One line for each fuzz target, with how often it ran; nothing that does not build is passed over.
 func TestFuzzScript(t *testing.T) {
-	need(t, "bash")
+	need.Program(t, "bash")
 	if testing.Short() {
 		t.Skip("-short: fuzzing builds a package anew")
 	}

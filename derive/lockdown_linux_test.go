@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"keybroker/internal/memtest"
+	"keybroker/internal/need"
 )
 
 func init() {
@@ -178,9 +179,7 @@ func TestHolderIsLockedDown(t *testing.T) {
 	if got := statusField(t, proc+"/limits", "Max core file size"); !strings.HasPrefix(got, "0 ") {
 		t.Errorf("core dumps: %s", got)
 	}
-	if os.Getuid() != 0 {
-		t.Skip("the rest of a keyholder can only be seen by root: run this test as root")
-	}
+	need.Root(t) // who alone sees the rest of a keyholder
 	if env, err := os.ReadFile(proc + "/environ"); err != nil || strings.ReplaceAll(string(env), "\x00", "") != "GOMAXPROCS=1" {
 		t.Errorf("environment %q, %v", env, err)
 	}

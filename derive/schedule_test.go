@@ -15,6 +15,7 @@ import (
 
 	"github.com/go-json-experiment/json"
 
+	"keybroker/internal/need"
 	"keybroker/internal/tuple"
 )
 
@@ -234,27 +235,24 @@ func TestKeysDiffer(t *testing.T) {
 }
 
 func TestEqualsOpenSSL(t *testing.T) {
-	openssl, err := exec.LookPath("openssl")
-	if err != nil {
-		t.Skip("openssl is missing: apt-get install openssl")
-	}
+	need.Program(t, "openssl")
 	s := goldenSchedule(t)
 	for _, v := range allVectors() {
 		opt := "hexinfo:" + hex.EncodeToString(v.info(t))
 		if v.info(t)[0] != 0 {
 			opt = "info:" + v.name
 		}
-		wantOctets(t, fmt.Sprintf("%+v", v), v.derive(t, s), opensslHKDF(t, openssl, opt, v.size()))
+		wantOctets(t, fmt.Sprintf("%+v", v), v.derive(t, s), opensslHKDF(t, opt, v.size()))
 	}
 	id := s.RealmID()
-	wantOctets(t, "realm id", id[:], opensslHKDF(t, openssl, "hexinfo:"+hex.EncodeToString(RealmIDInfo()), RealmIDSize))
-	seed := opensslHKDF(t, openssl, "hexinfo:"+hex.EncodeToString(IdentityInfo(1)), ed25519.SeedSize)
+	wantOctets(t, "realm id", id[:], opensslHKDF(t, "hexinfo:"+hex.EncodeToString(RealmIDInfo()), RealmIDSize))
+	seed := opensslHKDF(t, "hexinfo:"+hex.EncodeToString(IdentityInfo(1)), ed25519.SeedSize)
 	wantOctets(t, "identity", s.Identity(), ed25519.NewKeyFromSeed(seed).Public().(ed25519.PublicKey))
 }
 
-func opensslHKDF(t *testing.T, openssl, opt string, length int) []byte {
+func opensslHKDF(t *testing.T, opt string, length int) []byte {
 	t.Helper()
-	cmd := exec.Command(openssl, "kdf", "-keylen", fmt.Sprint(length), "-kdfopt", "digest:SHA256",
+	cmd := exec.Command("openssl", "kdf", "-keylen", fmt.Sprint(length), "-kdfopt", "digest:SHA256",
 		"-kdfopt", "hexkey:"+goldenMaster, "-kdfopt", opt, "HKDF")
 	out, err := cmd.CombinedOutput()
 	if err != nil {

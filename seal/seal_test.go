@@ -17,6 +17,7 @@ import (
 
 	"github.com/go-json-experiment/json/jsontext"
 
+	"keybroker/internal/need"
 	"keybroker/seal"
 	"keybroker/seal/passphrase"
 )
@@ -439,9 +440,7 @@ func TestStore(t *testing.T) {
 
 // The broker's user owns the file that root makes and changes for it.
 func TestOwner(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("to give a file away: run the tests as root")
-	}
+	need.Root(t)
 	path := filepath.Join(t.TempDir(), "realm.json")
 	o := create(t, "first passphrase")
 	l := lock(t, path)

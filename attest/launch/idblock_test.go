@@ -19,6 +19,8 @@ import (
 	"testing"
 
 	"github.com/google/go-sev-guest/abi"
+
+	"keybroker/internal/need"
 )
 
 func block() *IDBlock {
@@ -46,9 +48,7 @@ func TestIDBlockGolden(t *testing.T) {
 // openssl verifies a signature of an ID auth block with a public key that is read from it.
 func openssl(t *testing.T, auth []byte, keyAt, signatureAt int, message []byte) {
 	t.Helper()
-	if _, err := exec.LookPath("openssl"); err != nil {
-		t.Skip("no openssl here: apt-get install openssl")
-	}
+	need.Program(t, "openssl")
 	little := func(at int) *big.Int {
 		number := slices.Clone(auth[at : at+numberSize])
 		slices.Reverse(number)

@@ -20,6 +20,7 @@ import (
 
 	"keybroker/derive"
 	"keybroker/internal/daemon"
+	"keybroker/internal/need"
 	"keybroker/seal"
 	"keybroker/seal/tpm2/tpm2test"
 )
@@ -373,9 +374,7 @@ func TestUnlockInterrupted(t *testing.T) {
 
 // Another user may not bring a passphrase, even where the socket's mode lets it in.
 func TestUnlockOtherUser(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("to become another user: run the tests as root")
-	}
+	need.Root(t)
 	o := startOpener(t, initPassphrase(t), socketPath(t))
 	o.next(daemon.OpenerWaiting)
 	if err := errors.Join(os.Chmod(filepath.Dir(o.socket), 0o755), os.Chmod(o.socket, 0o666)); err != nil {

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"keybroker/inject"
+	"keybroker/internal/need"
 )
 
 // guest is an agent on a Unix socket in place of vsock.
@@ -128,9 +129,7 @@ func (g *guest) holds(path string, want []byte) {
 func memoryDir(t *testing.T) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "keybroker-agent-test-")
-	if err != nil {
-		t.Skipf("needs a tmpfs on /dev/shm: mount -t tmpfs tmpfs /dev/shm: %v", err)
-	}
+	need.That(t, err == nil, "a tmpfs on /dev/shm: mount -t tmpfs tmpfs /dev/shm: %v", err)
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	return dir
 }

@@ -11,15 +11,15 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"keybroker/internal/need"
 )
 
 // memoryDir makes a folder on tmpfs.
 func memoryDir(t *testing.T) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "keybroker-test-")
-	if err != nil {
-		t.Skipf("needs a tmpfs on /dev/shm: mount -t tmpfs tmpfs /dev/shm: %v", err)
-	}
+	need.That(t, err == nil, "a tmpfs on /dev/shm: mount -t tmpfs tmpfs /dev/shm: %v", err)
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	return dir
 }

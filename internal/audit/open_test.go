@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"keybroker/internal/need"
 )
 
 const stranger = 12345 // a uid that nobody has
@@ -58,9 +60,7 @@ func TestLinkedFolderIsRefused(t *testing.T) {
 
 // Root makes the folder and its files for the owner of the folder above, and takes no folder of a third user.
 func TestFolderOwner(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root can give files away: run it as root")
-	}
+	need.Root(t)
 	k := newKeeper(t)
 	must(t, os.Chown(k.dir, stranger, stranger))
 	if _, err := Open(k.config()); err == nil || !strings.Contains(err.Error(), "12345") {
@@ -129,9 +129,8 @@ func withBlocksAhead(t *testing.T, path string) {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	must(t, err)
 	defer f.Close()
-	if err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, 4*chunk); err != nil {
-		t.Skipf("fallocate: %v: set TMPDIR to a folder on ext4, xfs, btrfs or tmpfs", err)
-	}
+	err = unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, 4*chunk)
+	need.That(t, err == nil, "fallocate: set TMPDIR to a folder on ext4, xfs, btrfs or tmpfs: %v", err)
 }
 
 func hasBlocksAhead(t *testing.T, path string) bool {

@@ -3,10 +3,12 @@ package caller
 import (
 	"net"
 	"testing"
+
+	"keybroker/internal/need"
 )
 
 func benchTCP(b *testing.B) (*Resolver, *net.TCPConn) {
-	needRoot(b)
+	need.Root(b)
 	l := listen(b, "tcp", "127.0.0.1:0")
 	start(b, as(1001), nil, "dial tcp %s -", l.Addr())
 	return newResolver(b), accept[*net.TCPConn](b, l)

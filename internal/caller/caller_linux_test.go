@@ -17,12 +17,14 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"keybroker/internal/need"
 )
 
 var ctx = context.Background()
 
 func TestTCP(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	r := newResolver(t)
 	for _, c := range []struct{ name, network, addr, dial string }{
 		{"IPv4", "tcp4", "127.0.0.1:0", "dial tcp4 127.0.0.1:%d -"},
@@ -65,7 +67,7 @@ func TestCheckTCP(t *testing.T) {
 }
 
 func TestRootIsRefusedOnTCP(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	l := listen(t, "tcp", "127.0.0.1:0")
 	start(t, nil, nil, "dial tcp %s -", l.Addr())
 	if c, err := newResolver(t).FromTCP(accept[*net.TCPConn](t, l)); !errors.Is(err, ErrRoot) || c != nil {
@@ -102,7 +104,7 @@ func TestClientClosesBeforeQuery(t *testing.T) {
 
 // Between accept and answer the port passes to a socket of another user, or to another socket of the same.
 func TestPortReused(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	r := newResolver(t)
 	for _, second := range []uint32{1002, 1001} {
 		l := listen(t, "tcp", "127.0.0.1:0")
@@ -134,7 +136,7 @@ func TestPortReused(t *testing.T) {
 
 // A socket can be given to another user while it is open.
 func TestSocketChangesOwner(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	r := newResolver(t)
 	l := listen(t, "tcp", "127.0.0.1:0")
 	client, err := net.Dial("tcp", l.Addr().String())
@@ -166,7 +168,7 @@ func TestSocketChangesOwner(t *testing.T) {
 
 // The kernel answers a query for a client that has gone with a listener on the client's address.
 func TestListenerOnClientsPort(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	r := newResolver(t)
 	l := listen(t, "tcp", "127.0.0.1:0")
 	client := start(t, as(1001), nil, "dial tcp %s -", l.Addr())
@@ -187,7 +189,7 @@ func TestListenerOnClientsPort(t *testing.T) {
 
 // Sockets of another network namespace are not found, whatever addresses they have.
 func TestOtherNetworkNamespace(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	r := newResolver(t)
 	if err := r.CheckTCP(); err != nil { // its netlink socket stays in this namespace
 		t.Fatal(err)
@@ -245,7 +247,7 @@ func loopbackUp() error {
 }
 
 func TestUnix(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	r := newResolver(t)
 	l := listenUnix(t)
 	client := start(t, as(1001), nil, "dial unix %s -", l.Addr())
@@ -288,7 +290,7 @@ func TestUnixClientGoneBeforeQuery(t *testing.T) {
 }
 
 func TestUnixRoot(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	l := listenUnix(t)
 	start(t, nil, nil, "dial unix %s -", l.Addr())
 	if c, err := newResolver(t).FromUnix(accept[*net.UnixConn](t, l)); err != nil || c.UID != 0 {
@@ -299,7 +301,7 @@ func TestUnixRoot(t *testing.T) {
 // serveIn accepts one connection from uid 1001 in a process with these attributes, and returns what it said of the caller.
 func serveIn(t *testing.T, attr *syscall.SysProcAttr) string {
 	t.Helper()
-	needRoot(t)
+	need.Root(t)
 	l := listenUnix(t)
 	file, err := l.(*net.UnixListener).File()
 	if err != nil {
@@ -354,7 +356,7 @@ func makeCgroup(t *testing.T, r *Resolver, name string) (path string, dir *os.Fi
 }
 
 func TestMatchUnit(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	r := newResolver(t)
 	path, dir := makeCgroup(t, r, "a.service")
 	other, _ := makeCgroup(t, r, "b.service")
@@ -394,7 +396,7 @@ func TestMatchUnit(t *testing.T) {
 
 // A unit that was stopped and started again has the path and is another cgroup: a socket of the old one is not in it.
 func TestMatchUnitMadeAnew(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	r := newResolver(t)
 	path, _ := makeCgroup(t, r, "a.service")
 	old, ok := r.cgroupID(path)

@@ -156,13 +156,6 @@ func as(uid uint32) *syscall.SysProcAttr {
 	return &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
 }
 
-func needRoot(t testing.TB) {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root to start processes of other users: run `sudo -E go test ./internal/caller`")
-	}
-}
-
 func newResolver(t testing.TB) *Resolver {
 	t.Helper()
 	r, err := New(Config{})

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"keybroker/internal/need"
 )
 
 const sample = `# a comment
@@ -212,9 +214,7 @@ func TestRead(t *testing.T) {
 }
 
 func TestReadForeignOwner(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root to give a file away: run `sudo -E go test ./internal/tomlfile`")
-	}
+	need.Root(t)
 	path := filepath.Join(t.TempDir(), "a.toml")
 	if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Chown(path, 1001, 0)); err != nil {
 		t.Fatal(err)
