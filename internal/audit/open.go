@@ -100,7 +100,11 @@ func (l *Log) cutDamage(end *tail) error {
 		return nil
 	}
 	if !end.torn {
-		end.copy, _ = l.copyEnd(end.size, fmt.Sprintf("audit-%06d.cut-%d", end.number, end.size))
+		name := fmt.Sprintf("audit-%06d.cut-%d", end.number, end.size)
+		if err := l.copyEnd(end.size, name); err != nil {
+			return fmt.Errorf("keeping a copy of what a power cut damaged, before it is cut off: %w", err)
+		}
+		end.copy = name
 	}
 	if err := l.file.Truncate(end.size); err != nil {
 		return err
@@ -108,18 +112,18 @@ func (l *Log) cutDamage(end *tail) error {
 	return l.file.Sync()
 }
 
-// copyEnd copies the last file from offset from on and returns the copy's name, or nothing when it could not.
-func (l *Log) copyEnd(from int64, name string) (string, error) {
-	out, err := openIn(l.dir, name, os.O_WRONLY|os.O_CREATE|os.O_EXCL)
+// copyEnd copies the last file from offset from on. A copy of this name is of the same octets, and perhaps not whole.
+func (l *Log) copyEnd(from int64, name string) error {
+	out, err := openIn(l.dir, name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC)
 	if err != nil {
-		return "", err
+		return err
 	}
 	_, err = io.Copy(out, io.NewSectionReader(l.file, from, 1<<62))
 	if err := errors.Join(err, out.Sync(), out.Close()); err != nil {
 		_ = unix.Unlinkat(int(l.dir.Fd()), name, 0)
-		return "", err
+		return err
 	}
-	return name, nil
+	return nil
 }
 
 // trimPrevious gives back the blocks ahead of the file before the last one, if the broker died when it should have.

@@ -47,8 +47,6 @@ type benchIssuer struct {
 	schedule *derive.Schedule
 }
 
-const benchSubject = "11111111-2222-3333-4444-555555555555"
-
 func newBenchIssuer(b testing.TB) *benchIssuer {
 	s, err := derive.NewSchedule(derive.RandomMaster())
 	if err != nil {
@@ -61,13 +59,13 @@ func newBenchIssuer(b testing.TB) *benchIssuer {
 }
 
 func (i *benchIssuer) key() (derive.VMKey, error) {
-	return i.schedule.VMKey(derive.VMKeyID{Tier: inject.TierVM, Subject: benchSubject, Name: "disk", Epoch: 1, Length: 32})
+	return i.schedule.VMKey(derive.VMKeyID{Tier: inject.TierVM, Subject: testVM, Name: "disk", Epoch: 1, Length: 32})
 }
 
 func (i *benchIssuer) door() inject.Door {
 	return inject.Door{
 		Tier:  inject.TierVM,
-		Offer: func(context.Context, string) (string, []string, error) { return benchSubject, []string{"disk"}, nil },
+		Offer: func(context.Context, string) (string, []string, error) { return testVM, []string{"disk"}, nil },
 		Decide: func(context.Context, *inject.Claim) (*inject.Grant, error) {
 			k, err := i.key()
 			return &inject.Grant{Keys: []inject.GrantedKey{{Name: "disk", Epoch: 1, Key: k}}}, err
@@ -193,7 +191,7 @@ func cryptoOf(b testing.TB, i *benchIssuer) time.Duration {
 	before := ownCPU(b)
 	for range sessions {
 		rand.Read(nonce)
-		t := sha512.Sum512(tuple.Encode(i.Identity, []byte(benchSubject), nonce, pk, nonce))
+		t := sha512.Sum512(tuple.Encode(i.Identity, []byte(testVM), nonce, pk, nonce))
 		sha256.Sum256(pk)
 		_, keyErr := i.key()
 		public, err := hpke.MLKEM768X25519().NewPublicKey(pk)

@@ -96,13 +96,7 @@ func startBroker(t testing.TB, changes ...func(*Broker)) (broker *Broker, tcp, u
 	for _, change := range changes {
 		change(broker)
 	}
-	page, err := derive.NewPage()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := derive.FillPage(page, []derive.Master{master}); err != nil {
-		t.Fatal(err)
-	}
+	page := filledPage(t, master)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- broker.serve(ctx, l, passed{fdPage: {page}}, nil) }()
@@ -487,12 +481,12 @@ func guestDoor(t *testing.T, b *Broker) <-chan *raw {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.ticket(benchSubject, "prepare", (*hypervisor.Ticket).Prepare)
-	b.ticket(benchSubject, "start", func(t *hypervisor.Ticket) bool {
-		return t.Started(p.Boot(benchSubject), hypervisor.OriginCold, hypervisor.GapRefuse)
+	b.ticket(testVM, "prepare", (*hypervisor.Ticket).Prepare)
+	b.ticket(testVM, "start", func(t *hypervisor.Ticket) bool {
+		return t.Started(p.Boot(testVM), hypervisor.OriginCold, hypervisor.GapRefuse)
 	})
-	x := b.guests.begin(b.running, hypervisor.Domain{UUID: benchSubject, Name: "web1", CID: 7, Tier: inject.TierVM, Metadata: true, Running: true, PID: p.PID}, p)
-	t.Cleanup(func() { b.guests.end(benchSubject, x) })
+	x := b.guests.begin(b.running, hypervisor.Domain{UUID: testVM, Name: "web1", CID: 7, Tier: inject.TierVM, Metadata: true, Running: true, PID: p.PID}, p)
+	t.Cleanup(func() { b.guests.end(testVM, x) })
 	return ends
 }
 
