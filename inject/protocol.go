@@ -23,6 +23,7 @@ const (
 	TierSNP = "snp"
 
 	KindNone = "none"
+	KindSNP  = "snp-report" // a report whose REPORT_DATA is the transcript, and behind it the host's certificates, if any
 )
 
 // Port is the vsock port of both directions: below 1024, so that only root may listen on it or dial from such a one.
@@ -30,9 +31,10 @@ const Port = 720
 
 // Limits of everything that a peer sends.
 const (
-	MaxBody    = 64 << 10 // octets of a request or an answer
-	MaxWant    = 64       // keys in one request
-	maxHeaders = 4 << 10  // octets of HTTP header
+	MaxBody     = 64 << 10 // octets of a request or an answer
+	MaxEvidence = 40 << 10 // octets of evidence: what a request has room for beside the most keys
+	MaxWant     = 64       // keys in one request
+	maxHeaders  = 4 << 10  // octets of HTTP header
 )
 
 const (

@@ -71,9 +71,12 @@ func (p Pin) String() string { return pinPrefix + octet.Base64(p[:]).String() }
 // Receiver is who asks: the guest agent. Its fields are not changed while it is in use.
 type Receiver struct {
 	Tier    string       // required
-	Subject string       // "": in tier vm the issuer's look-up is taken
+	Subject string       // required in tier snp; "" in tier vm: the issuer's look-up is taken
 	Pins    []Pin        // 1 to 4 issuers; without one it refuses
 	Key     *ReceiverKey // required
+	// Attest makes the evidence for one release: in tier snp a report whose REPORT_DATA is t, at most MaxEvidence octets.
+	// Required there, and nil in tier vm. It is asked anew for each release, and ctx is that release's.
+	Attest func(ctx context.Context, t Transcript) ([]byte, error)
 }
 
 // What a receiver refuses to believe.
@@ -83,6 +86,9 @@ var (
 	ErrSignature = errors.New("the answer is not signed by the pinned issuer in this session")
 	ErrBundle    = errors.New("the answer does not hold what was asked for")
 )
+
+// ErrEvidence: the receiver has no evidence to show. Nothing was asked for.
+var ErrEvidence = errors.New("no evidence")
 
 // Session is a receiver's side of one connection. It is not for concurrent use.
 type Session struct {
@@ -99,7 +105,36 @@ func (r *Receiver) Session(conn net.Conn) (*Session, error) {
 	if r.Key == nil || r.Tier == "" {
 		return nil, errors.New("a receiver needs a tier and a key pair")
 	}
+	if r.Tier == TierSNP && (r.Attest == nil || r.Subject == "") {
+		return nil, errors.New("a receiver in tier snp needs its subject and something that attests it")
+	}
+	if r.Tier == TierVM && r.Attest != nil {
+		return nil, errors.New("a receiver in tier vm has no evidence")
+	}
 	return &Session{receiver: r, conn: conn, in: bufio.NewReader(conn)}, nil
+}
+
+// kind is of which kind its evidence is.
+func (r *Receiver) kind() string {
+	if r.Attest == nil {
+		return KindNone
+	}
+	return KindSNP
+}
+
+// evidence is what r shows for session t.
+func (r *Receiver) evidence(ctx context.Context, t Transcript) ([]byte, error) {
+	if r.Attest == nil {
+		return nil, nil
+	}
+	evidence, err := r.Attest(ctx, t)
+	if err == nil && len(evidence) > MaxEvidence {
+		err = fmt.Errorf("%d octets, expected at most %d", len(evidence), MaxEvidence)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrEvidence, err)
+	}
+	return evidence, nil
 }
 
 // Challenge asks the issuer who it is and who it takes this machine for. It returns ErrNotPinned or ErrSubject, saying what
@@ -135,8 +170,12 @@ func (s *Session) Release(ctx context.Context, c *Challenge, want []Want) (*Deli
 	}
 	r := s.receiver
 	pk := r.Key.secret.PublicKey().Bytes()
-	t := (&transcriptFields{issuer: ed25519.PublicKey(c.Issuer), tier: r.Tier, kind: KindNone, subject: c.Subject, nonce: c.Nonce, pk: pk, want: want}).transcript()
-	body, err := s.post(ctx, "/v1/release", marshal(releaseRequest{Issuer: c.Issuer, Tier: r.Tier, Kind: KindNone, Subject: c.Subject, Nonce: c.Nonce, PK: pk, Want: want}))
+	t := (&transcriptFields{issuer: ed25519.PublicKey(c.Issuer), tier: r.Tier, kind: r.kind(), subject: c.Subject, nonce: c.Nonce, pk: pk, want: want}).transcript()
+	evidence, err := r.evidence(ctx, t)
+	if err != nil {
+		return nil, err
+	}
+	body, err := s.post(ctx, "/v1/release", marshal(releaseRequest{Issuer: c.Issuer, Tier: r.Tier, Kind: r.kind(), Subject: c.Subject, Nonce: c.Nonce, PK: pk, Want: want, Evidence: evidence}))
 	if err != nil {
 		return nil, err
 	}
