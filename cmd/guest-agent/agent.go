@@ -24,32 +24,39 @@ const (
 	stepListening    = "listening"
 	stepConnected    = "connected"
 	stepChallenged   = "challenge"
+	stepReport       = "report"
 	stepReleased     = "release"
 	stepHeld         = "in its sink"
 	stepAcknowledged = "acknowledged"
 )
 
-// agent waits for the broker and puts the keys that it brings into their sinks. One goroutine runs it; further ones only
-// accept connections and wait for hints.
+// agent meets the broker and puts the keys that it brings into their sinks. In tier vm it waits to be dialled, in tier snp it
+// dials. One goroutine runs it; further ones only accept or make connections and wait for hints.
 type agent struct {
 	config   *config
 	console  *console
 	state    *state
 	receiver *inject.Receiver
+	platform *platform // in tier snp
 	goals    []*goal
 	once     bool             // end when the keys are in their sinks
 	notify   func(say string) // tells the service manager
 
-	conns  chan net.Conn // accepted, from the host
-	parked *parked       // a broker that refused, and may have a hint later
-	pause  time.Duration // before asking again
-	last   string        // why keys are missing, for the last line
-	fatal  error         // a sink's refusal that no waiting mends
+	conns    chan net.Conn // accepted from the host, or dialled
+	troubles chan error    // why there is none
+	parked   *parked       // a broker that refused, and may have a hint later
+	pause    time.Duration // before asking again
+	last     string        // why keys are missing, for the last line
+	fatal    error         // a sink's refusal that no waiting mends
 }
 
 func newAgent(c *config, s *state, out *console, key *inject.ReceiverKey) *agent {
-	a := &agent{config: c, console: out, state: s, conns: make(chan net.Conn), notify: func(string) {}, pause: firstPause}
+	a := &agent{config: c, console: out, state: s, conns: make(chan net.Conn), troubles: make(chan error), notify: func(string) {}, pause: firstPause}
 	a.receiver = &inject.Receiver{Tier: c.Tier, Subject: c.Subject, Pins: c.Pins, Key: key}
+	if c.Tier == inject.TierSNP {
+		a.platform = newPlatform(out)
+		a.receiver.Attest = a.platform.attest
+	}
 	for _, k := range c.Keys {
 		a.goals = append(a.goals, newGoal(k, s))
 	}
@@ -118,6 +125,8 @@ func (a *agent) step(ctx context.Context, deadline <-chan time.Time) error {
 		if len(a.missing()) > 0 {
 			return errDeadline
 		}
+	case err := <-a.troubles:
+		a.last = err.Error()
 	case conn := <-a.conns:
 		a.greet(a.untilDeadline(ctx), conn)
 	case err := <-a.parked.wake():
@@ -185,8 +194,11 @@ func (a *agent) sayWaiting() {
 	if len(goals) == 0 {
 		return
 	}
-	a.console.say("waiting for the broker (%s) on vsock port %d for %s, since %s; for %s at most",
-		shortPins(a.config.Pins), inject.Port, names(goals), a.console.age(), a.config.Deadline)
+	how := "waiting for the broker (%s) on vsock port %d for %s, since %s; for %s at most"
+	if a.config.Tier == inject.TierSNP {
+		how = "dialling the broker (%s) at the host, CID 2, vsock port %d, for %s, since %s; for %s at most"
+	}
+	a.console.say(how, shortPins(a.config.Pins), inject.Port, names(goals), a.console.age(), a.config.Deadline)
 	a.notify("STATUS=waiting for the broker for " + names(goals))
 }
 

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 
 	"keybroker/inject"
 	"keybroker/inject/sink"
@@ -64,6 +65,10 @@ func (a *agent) explain(err error, goals []*goal) {
 		text, next = "refused: "+text, "asking again"
 	case errors.Is(err, inject.ErrNotPinned):
 		next = "waiting on; if the broker's identity has changed, `keybroker identity` on the host prints the pin to configure"
+	case errors.Is(err, inject.ErrEvidence):
+		next = "trying again"
+	case a.config.Tier == inject.TierSNP && errors.Is(err, io.ErrUnexpectedEOF):
+		next = "dialling again; a relay that reaches no broker hangs up like that"
 	case errors.Is(err, inject.ErrSubject):
 		next = "waiting on; subject in the configuration overrides the firmware's UUID"
 	case errors.Is(err, context.DeadlineExceeded):

@@ -12,7 +12,7 @@ const cmdlinePrefix = "keybroker."
 
 // parseCmdline reads the configuration from the kernel's command line, or returns nil where that says nothing of keybroker:
 //
-//	keybroker.tier=vm keybroker.broker=ed25519:... keybroker.key=disk,luks,/dev/vdb,data
+//	keybroker.tier=vm|snp keybroker.broker=ed25519:... keybroker.key=disk,luks,/dev/vdb,data
 //	keybroker.key=app,keyring,logon[,DESCRIPTION[,KEYRING]]  keybroker.key=web,file,/run/keys/web
 //
 // broker and key may be there more than once; a key may end in "optional" and "length=64".

@@ -38,7 +38,7 @@ const (
 type config struct {
 	Tier     string
 	Pins     []inject.Pin
-	Subject  string // "": the firmware's UUID where there is one, else the broker's word
+	Subject  string // "": the firmware's UUID where there is one, else, in tier vm, the broker's word
 	Deadline time.Duration
 	Keys     []keyConfig
 }
@@ -115,8 +115,8 @@ var mapperPattern = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
 // check holds a configuration to its rules and fills in what may be left out.
 func (r *rawConfig) check() (*config, error) {
 	c := &config{Tier: r.Tier, Subject: r.Subject, Deadline: defaultDeadline, Keys: r.Keys}
-	if c.Tier != inject.TierVM {
-		return nil, fmt.Errorf("tier %q, expected %q", r.Tier, inject.TierVM)
+	if c.Tier != inject.TierVM && c.Tier != inject.TierSNP {
+		return nil, fmt.Errorf("tier %q, expected %q or %q", r.Tier, inject.TierVM, inject.TierSNP)
 	}
 	if c.Subject != "" && derive.CheckSubject(c.Subject) != nil {
 		return nil, fmt.Errorf("subject %q, expected this domain's UUID in lower case, or nothing", c.Subject)

@@ -20,6 +20,9 @@ import (
 	"syscall"
 
 	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sys/unix"
+
+	"keybroker/inject"
 )
 
 const defaultConfig = "/etc/keybroker/agent.toml"
@@ -46,9 +49,10 @@ type options struct {
 
 const usage = `usage: keybroker-agent [flags]
 
-Waits for the broker on vsock port 720 and puts the keys that it brings where the configuration says.
+Puts keys from the broker where the configuration says. In tier vm it waits for the broker on vsock port 720; in tier
+snp (SEV-SNP guests) it dials port 720 of the host, and shows an attestation report.
 The configuration is /etc/keybroker/agent.toml, or keybroker.tier=, keybroker.broker= and keybroker.key= on the
-kernel's command line.
+kernel's command line. In tier snp that file must be in the initramfs.
 
 `
 
@@ -111,16 +115,23 @@ func run(args []string, stdout, stderr io.Writer) int {
 		return exitUsage
 	}
 	if o.check {
-		fmt.Fprintf(stdout, "%s: ok: %s, %s\n", from, several(len(c.Keys), "key"), several(len(c.Pins), "pin"))
+		fmt.Fprintf(stdout, "%s: ok: %s, %s\n", from.name, several(len(c.Keys), "key"), several(len(c.Pins), "pin"))
 		return exitOK
 	}
+	if err := from.check(c.Tier, signs); err != nil {
+		out.say("error: reading the configuration: %v", err)
+		return exitUsage
+	}
 	harden(out)
+	if c.Tier == inject.TierSNP {
+		out.say("tier snp, believing %s: from %v", shortPins(c.Pins), from)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	if err := serve(ctx, c, o, out); err != nil {
 		out.say("error: %v", err)
 		if errors.Is(err, errDeadline) {
-			out.say("hint: on the host, `keybroker status` and `keybroker explain VM` say what the broker knows of this machine and what to do")
+			out.say("hint: where the broker runs, `keybroker status` and `keybroker explain VM` say what it knows of this machine and what to do")
 		}
 		return exitFailed
 	}
@@ -129,34 +140,45 @@ func run(args []string, stdout, stderr io.Writer) int {
 
 // loadConfig reads the configuration from one place: the file that was named, or the default one, or the kernel's command
 // line. Two that could both be meant are an error.
-func loadConfig(named, fallback, cmdline string) (*config, string, error) {
+func loadConfig(named, fallback, cmdline string) (*config, *source, error) {
 	path := named
 	if path == "" {
 		path = fallback
 	}
-	text, err := readBounded(path, 0)
+	text, from, err := readConfig(path)
 	if named != "" || !errors.Is(err, os.ErrNotExist) {
 		if err != nil {
-			return nil, "", err
+			return nil, nil, err
 		}
 		if named == "" && cmdlineSpeaks(cmdline) {
-			return nil, "", fmt.Errorf("both %s and the kernel's command line (keybroker.*) are there: remove one, or name the file with -config", path)
+			return nil, nil, fmt.Errorf("both %s and the kernel's command line (keybroker.*) are there: remove one, or name the file with -config", path)
 		}
 		c, err := parseConfig(path, text)
-		return c, path, err
+		return c, from, err
 	}
 	line, err := readBounded(cmdline, 0)
 	if err != nil {
-		return nil, "", fmt.Errorf("there is no %s, and the kernel's command line cannot be read: %w", path, err)
+		return nil, nil, fmt.Errorf("there is no %s, and the kernel's command line cannot be read: %w", path, err)
 	}
 	c, err := parseCmdline(string(line))
 	if err != nil {
-		return nil, "", fmt.Errorf("the kernel's command line: %w", err)
+		return nil, nil, fmt.Errorf("the kernel's command line: %w", err)
 	}
 	if c == nil {
-		return nil, "", fmt.Errorf("there is no %s, and the kernel's command line has no keybroker.tier=", path)
+		return nil, nil, fmt.Errorf("there is no %s, and the kernel's command line has no keybroker.tier=", path)
 	}
-	return c, "the kernel's command line", nil
+	return c, &source{name: "the kernel's command line", cmdline: true}, nil
+}
+
+// readConfig reads a file, and looks where it is.
+func readConfig(path string) ([]byte, *source, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer f.Close()
+	text, err := readOpen(f)
+	return text, &source{name: path, unmeasured: inInitramfs(f, mountsOf)}, err
 }
 
 // cmdlineSpeaks says whether the kernel's command line has anything for this program, right or wrong.
@@ -190,13 +212,13 @@ func serve(ctx context.Context, c *config, o *options, out *console) error {
 	if !made {
 		out.say("continuing with this boot's receiver key")
 	}
-	if c.Subject == "" {
-		c.Subject = firmwareUUID()
+	if err := findSubject(c, out); err != nil {
+		return err
 	}
 	a := newAgent(c, s, out, key)
 	a.once = o.once
 	a.notify = func(say string) { daemon.SdNotify(false, say) } // without a service manager there is nobody to tell
-	if err := a.listenAndRun(ctx); err != nil {
+	if err := a.meetAndRun(ctx); err != nil {
 		return err
 	}
 	if o.forget {
@@ -205,7 +227,24 @@ func serve(ctx context.Context, c *config, o *options, out *console) error {
 	return nil
 }
 
-func (a *agent) listenAndRun(ctx context.Context) error {
+// findSubject completes the configuration by the firmware's UUID. In tier snp that is safe to take from the host: the broker
+// releases nothing to a report that does not prove it.
+func findSubject(c *config, out *console) error {
+	from := "configured"
+	if c.Subject == "" {
+		c.Subject, from = firmwareUUID(), "as the firmware says"
+	}
+	if c.Tier != inject.TierSNP {
+		return nil
+	}
+	if c.Subject == "" {
+		return errors.New("tier snp names its own subject, and the firmware tells no UUID: set subject, or give the domain a UUID and mount sysfs on /sys")
+	}
+	out.say("tier snp, subject %s: %s; the report must prove it, by HOST_DATA or an ID block", c.Subject, from)
+	return nil
+}
+
+func (a *agent) meetAndRun(ctx context.Context) error {
 	if err := a.resume(); err != nil {
 		return err
 	}
@@ -213,13 +252,18 @@ func (a *agent) listenAndRun(ctx context.Context) error {
 		return nil
 	}
 	a.sayWaiting()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if a.config.Tier == inject.TierSNP {
+		a.platform.look()
+		go a.call(ctx, dialHost)
+		return a.run(ctx)
+	}
 	l, err := listenVsock(a.untilDeadline(ctx), a.console)
 	if err != nil {
 		return err
 	}
 	a.console.mark(stepListening)
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 	go a.accept(ctx, l, fromHost)
 	return a.run(ctx)
 }

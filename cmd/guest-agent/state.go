@@ -106,6 +106,11 @@ func readBounded(path string, flags int) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
+	return readOpen(f)
+}
+
+// readOpen reads a file that is open, of at most maxState octets.
+func readOpen(f *os.File) ([]byte, error) {
 	b, err := io.ReadAll(io.LimitReader(f, maxState+1))
 	if err == nil && len(b) > maxState {
 		err = fmt.Errorf("it has more than %d octets", maxState)
