@@ -166,7 +166,7 @@ func literals(t *testing.T) map[string]string {
 // What keybroker tells people to type exists, and has the flags that it cannot do without.
 func TestSuggestedCommands(t *testing.T) {
 	texts := literals(t)
-	for _, name := range []string{"README.md", "SECURITY.md", "docs/audit.md", "docs/libvirt.md", "docs/policy.md", "docs/protocol.md", "docs/architecture.md", "docs/attestation.md"} {
+	for _, name := range []string{"README.md", "SECURITY.md", "docs/audit.md", "docs/libvirt.md", "docs/policy.md", "docs/protocol.md", "docs/architecture.md", "docs/attestation.md", "docs/snp-guest.md"} {
 		octets, err := os.ReadFile(filepath.Join(moduleRoot, name))
 		if err != nil {
 			t.Fatal(err)
