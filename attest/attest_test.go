@@ -77,17 +77,3 @@ func TestFind(t *testing.T) {
 		}
 	}
 }
-
-func TestWarnings(t *testing.T) {
-	weak := attest.Policy{
-		File: "snp.toml", Lines: map[string]int{"crl": 3}, Signers: []string{attest.VLEK}, CRL: attest.CRLWhenGiven, AllowMaskedChip: true, MinGuestSVN: 1,
-		Guest: attest.GuestPolicy{AllowDebug: true, AllowMigrationAgent: true}, Products: []attest.Product{{Reported: &attest.TCB{}, Rule: "p"}},
-	}
-	if got := weak.Warnings(); len(got) != 7 || got[2][:14] != "snp.toml:3 crl" {
-		t.Errorf("%q", got)
-	}
-	strong := attest.Policy{CRL: attest.CRLRequired, Measurements: attest.ReferenceValues{{}}, AuthorKeys: attest.ReferenceValues{{}}, MinGuestSVN: 1}
-	if got := strong.Warnings(); len(got) != 0 {
-		t.Errorf("%q", got)
-	}
-}

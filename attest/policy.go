@@ -2,8 +2,10 @@ package attest
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -40,6 +42,9 @@ type ReferenceValue struct {
 // is empty but not nil accepts nothing.
 type ReferenceValues []ReferenceValue
 
+// accepted reports whether the value is still accepted at this time.
+func (v *ReferenceValue) accepted(at time.Time) bool { return v.Until.IsZero() || at.Before(v.Until) }
+
 // Find returns the first value that equals got and is accepted at this time; failing that, one that equals got and is no
 // longer accepted; nil if none equals.
 func (l ReferenceValues) Find(got []byte, at time.Time) (v *ReferenceValue, accepted bool) {
@@ -47,7 +52,7 @@ func (l ReferenceValues) Find(got []byte, at time.Time) (v *ReferenceValue, acce
 		if len(got) == 0 || !bytes.Equal(l[i].Value, got) {
 			continue
 		}
-		if l[i].Until.IsZero() || at.Before(l[i].Until) {
+		if l[i].accepted(at) {
 			return &l[i], true
 		}
 		v = &l[i]
@@ -94,8 +99,8 @@ type PlatformPolicy struct {
 // A Policy is the appraisal policy for SNP reports of one subject or several. Everything that it does not allow is refused, a
 // nil list in a place that must not be left out as well as an empty list anywhere. It does not change once it is in use.
 type Policy struct {
-	Rule  string         // "policy.toml:20 [vm.snp] web1": names the policy everywhere
-	File  string         // the file's name, for the rules of single keys; empty: Rule alone names them
+	Rule  string         // "policy.toml:20 [[snp]] web": names the policy everywhere
+	File  string         // the file's name, for the rules of keys in Lines; empty: Rule alone names them
 	Lines map[string]int // the lines of keys in that file; may be nil
 
 	Signers      []string  // VCEK, VLEK; must be there
@@ -135,15 +140,10 @@ type Problem struct {
 
 // RuleOf returns how messages name a key of the policy: "snp.toml:12 vmpl".
 func (p *Policy) RuleOf(key string) string {
-	switch line := p.Lines[key]; {
-	case p.File != "" && line > 0:
+	if line := p.Lines[key]; p.File != "" && line > 0 {
 		return fmt.Sprintf("%s:%d %s", p.File, line, key)
-	case p.File != "":
-		return p.File + " " + key
-	case p.Rule != "":
-		return p.Rule + ", " + key
 	}
-	return key
+	return strings.TrimSpace(cmp.Or(p.Rule, p.File) + " " + key)
 }
 
 // Problems returns all reasons why the policy refuses everything: what must be there and is not, and lists that are empty.
@@ -205,28 +205,4 @@ func (p *Policy) lists() []listField {
 
 func valuesField(key string, l ReferenceValues) listField {
 	return listField{key, "values, or no such list", len(l), l != nil, false}
-}
-
-// Warnings returns what an administrator should know of a policy that is complete: where it is weak.
-func (p *Policy) Warnings() []string {
-	var out []string
-	add := func(weak bool, key, text string) {
-		if weak {
-			out = append(out, p.RuleOf(key)+": "+text)
-		}
-	}
-	add(p.Guest.AllowDebug, "allow_debug", "the host can read the memory of such a guest; no production policy allows it")
-	add(p.Guest.AllowMigrationAgent, "allow_migration_agent", "a migration agent can hand on the memory of such a guest")
-	add(p.CRL == CRLWhenGiven, "crl", "without a revocation list nothing is known to be revoked")
-	add(p.Measurements == nil, "id_key", "whoever has one of these keys decides what the guest runs")
-	unsigned := p.IDKeys == nil && p.AuthorKeys == nil && (p.ImageIDs != nil || p.FamilyIDs != nil || p.MinGuestSVN > 0)
-	add(unsigned, "image_id", "IMAGE_ID, FAMILY_ID and GUEST_SVN are in the ID block, which without id_key or author_key anybody may sign")
-	add(p.AllowMaskedChip && slices.Contains(p.Signers, VLEK), "masked_chip_id", "under a VLEK such a report does not say which chip made it")
-	for _, product := range p.Products {
-		zero := TCB{}
-		if product.Reported != nil && *product.Reported == zero {
-			out = append(out, product.Rule+": any TCB is enough, also one with known flaws")
-		}
-	}
-	return out
 }

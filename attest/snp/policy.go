@@ -164,6 +164,9 @@ func (a *appraisal) values(name, key string, p *attest.Policy, list attest.Refer
 	}
 	v, ok := list.Find(got, a.req.At)
 	rule, text := p.RuleOf(key), orUnknown(got)
+	if len(list) == 1 {
+		rule = list[0].Rule // what decides is where the only value stands, which of a VM's HOST_DATA is the VM's entry
+	}
 	if v != nil {
 		rule = v.Rule
 		if !ok {

@@ -208,7 +208,7 @@ func (g *globals) readAppraisalPolicy(r *snp.Request) error {
 	if r.Policy, err = policy.ParseSNP(filepath.Base(g.policy), octets); err != nil {
 		return err
 	}
-	for _, w := range r.Policy.Warnings() {
+	for _, w := range r.Policy.Warnings(r.At) {
 		g.warn("%s", w)
 	}
 	return nil

@@ -32,7 +32,7 @@ func TestDocumentedSNPPolicy(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if w := p.Warnings(); len(w) > 0 {
+	if w := p.Warnings(time.Date(2026, 12, 1, 0, 0, 0, 0, time.UTC)); len(w) > 0 {
 		t.Errorf("warnings: %q", w)
 	}
 	m := p.Measurements[0]
