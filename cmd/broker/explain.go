@@ -1,8 +1,10 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"io"
 	"math"
 	"net/http"
 	"net/url"
@@ -10,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -155,9 +158,29 @@ func (g *globals) printPolicy(p *policy.Policy) error {
 	if err := t.Flush(); err != nil {
 		return err
 	}
-	for _, w := range policy.Check(p) {
+	now := time.Now()
+	for i, a := range p.Appraisals(now) {
+		if i == 0 {
+			fmt.Fprintln(g.stdout)
+		}
+		if err := printAppraisal(g.stdout, a); err != nil {
+			return err
+		}
+		fmt.Fprintln(g.stdout)
+	}
+	for _, w := range policy.Check(p, now) {
 		g.warn("%s", w)
 	}
 	fmt.Fprintf(g.stdout, "digest %s\n", p.Digest())
 	return nil
+}
+
+// printAppraisal writes what reports must say for some VMs.
+func printAppraisal(w io.Writer, a policy.Appraisal) error {
+	fmt.Fprintf(w, "%s: reports for %s\n", a.Rule, cmp.Or(strings.Join(a.VMs, ", "), "no VM"))
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	for _, row := range a.Rows {
+		fmt.Fprintf(t, "  %s\t%s\n", row[0], row[1])
+	}
+	return t.Flush()
 }

@@ -4,6 +4,9 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
+
+	"keybroker/derive"
 )
 
 // A Warning is about an entry that is legal and probably not what its writer wants.
@@ -26,8 +29,9 @@ const minPrefix = 3
 // nobody is the uid that the kernel shows for users that cannot be named here, and that strangers share.
 const nobody = 65534
 
-// Check returns what is weak or useless in a policy, in the order of the files.
-func Check(p *Policy) []Warning {
+// Check returns what is weak or useless in a policy at this time: of services, of VMs, and of appraisal policies, each in the order
+// of the files.
+func Check(p *Policy, at time.Time) []Warning {
 	if len(p.services)+len(p.vms) == 0 {
 		return []Warning{{Text: "the policy has no entries: everything is refused; add [[service]] or [[vm]] entries to policy.toml"}}
 	}
@@ -44,6 +48,14 @@ func Check(p *Policy) []Warning {
 		}
 		if v.Name != "" && named[v.Name] == nil {
 			named[v.Name] = v
+		}
+	}
+	for _, g := range p.snps {
+		for _, text := range g.warnings() {
+			out = append(out, Warning{g.Rule, text})
+		}
+		for _, text := range g.policy.Warnings(at) {
+			out = append(out, Warning{Text: text}) // which names the rule of a single key
 		}
 	}
 	return out
@@ -103,7 +115,10 @@ func (v *VM) warnings(sameName *VM) (out []string) {
 	if v.Hosts != nil && len(v.Hosts) == 0 {
 		out = append(out, "has an empty list of hosts, so the VM is refused everywhere; remove hosts to allow every host")
 	}
-	if v.Name == "" && !v.Deny {
+	if v.Shared {
+		out = append(out, "is shared: the guest of any other shared entry that its report satisfies gets these keys too")
+	}
+	if v.Name == "" && !v.Deny && v.Tier == derive.TierVM {
 		out = append(out, "has no name: whoever may define a domain of another name with this UUID gets its keys; add name")
 	}
 	if sameName != nil {
@@ -147,6 +162,9 @@ func (s *Service) who() string {
 
 func (v *VM) who() string {
 	who := "tier " + v.Tier + " " + v.UUID
+	if v.SNPName != "" {
+		who += " by [[snp]] " + v.SNPName
+	}
 	if v.Hosts != nil {
 		who += " on " + strings.Join(v.Hosts, ", ")
 	}

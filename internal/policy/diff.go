@@ -5,7 +5,7 @@ import (
 	"strings"
 )
 
-// An entry is what Diff compares of a [[service]] or [[vm]].
+// An entry is what Diff compares of a [[service]], [[vm]] or [[snp]].
 type entry struct {
 	id    string // the same in both policies for the same entry
 	title string
@@ -51,6 +51,9 @@ func (p *Policy) entries() []entry {
 	}
 	for _, v := range p.vms {
 		out = append(out, entry{"vm " + v.UUID, "[[vm]] " + strings.TrimSpace(v.Name+" "+v.UUID), v.settings()})
+	}
+	for _, g := range p.snps {
+		out = append(out, entry{"snp " + g.Name, "[[snp]] " + g.Name, g.settings()})
 	}
 	return out
 }

@@ -68,17 +68,17 @@ func readDropIns(dir string) ([]File, error) {
 
 // Parse makes a policy of files in their order. Without any it is the policy that allows nothing.
 func Parse(files ...File) (*Policy, error) {
-	b := &builder{
-		p:        &Policy{exact: map[string][]*Service{}, globs: map[string][]*Service{}, byUUID: map[string]*VM{}, uids: map[uint32]bool{}},
-		subjects: map[string]*VM{},
-	}
+	b := newBuilder()
 	var errs []error
 	digested := [][]byte{[]byte("keybroker/v1 policy")}
 	for _, f := range files {
 		digested = append(digested, []byte(f.Name), f.Text)
 		errs = append(errs, b.file(f))
 	}
-	if err := errors.Join(errs...); err != nil {
+	if err := errors.Join(errs...); err != nil { // some file is missing, so that nothing is known of names across files
+		return nil, errors.Join(err, b.err())
+	}
+	if err := b.finish(); err != nil {
 		return nil, err
 	}
 	digest := sha256.Sum256(tuple.Encode(digested...))
@@ -86,17 +86,21 @@ func Parse(files ...File) (*Policy, error) {
 	return b.p, nil
 }
 
-// file adds the entries of one file.
+// file adds the entries of one file. What is wrong in them is collected by its table; an error means that it is no TOML.
 func (b *builder) file(f File) error {
 	t, err := tomlfile.Parse(f.Name, f.Text)
 	if err != nil {
 		return err
 	}
+	b.roots = append(b.roots, t)
 	for _, entry := range t.Tables("service") {
 		b.service(f.Name, entry)
 	}
 	for _, entry := range t.Tables("vm") {
 		b.vm(f.Name, entry)
 	}
-	return t.Err()
+	for _, entry := range t.Tables("snp") {
+		b.snp(f.Name, entry)
+	}
+	return nil
 }

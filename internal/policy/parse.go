@@ -16,7 +16,17 @@ const defaultLength = 32
 // A builder makes a policy while files are read.
 type builder struct {
 	p        *Policy
-	subjects map[string]*VM // who has the keys of a subject
+	roots    []*tomlfile.Table       // of all files
+	subjects map[string]*VM          // who has the keys of a subject
+	groups   map[string]*SNP         // [[snp]] by name
+	tables   map[*VM]*tomlfile.Table // where entries stand
+}
+
+func newBuilder() *builder {
+	return &builder{
+		p:        &Policy{exact: map[string][]*Service{}, globs: map[string][]*Service{}, byUUID: map[string]*VM{}, uids: map[uint32]bool{}},
+		subjects: map[string]*VM{}, groups: map[string]*SNP{}, tables: map[*VM]*tomlfile.Table{},
+	}
 }
 
 func ruleName(file string, t *tomlfile.Table, kind, name string) string {
@@ -132,6 +142,7 @@ func (b *builder) vm(file string, t *tomlfile.Table) {
 	t.Bool("deny", &v.Deny)
 	t.Choice("after_gap", &v.AfterGap, GapAllow, GapRefuse)
 	readTier(t, v)
+	checkAppraisal(t, v)
 	readKeys(t, v)
 	v.Rule = ruleName(file, t, "vm", nameOr(v.Name, v.UUID))
 	b.addVM(t, v)
@@ -160,6 +171,7 @@ func (b *builder) addVM(t *tomlfile.Table, v *VM) {
 	if !v.Deny {
 		b.subjects[v.Subject] = v
 	}
+	b.tables[v] = t
 	b.p.vms = append(b.p.vms, v)
 	b.p.byUUID[v.UUID] = v
 }
@@ -182,20 +194,20 @@ func checkText(t *tomlfile.Table, key, s, what string) {
 	}
 }
 
-// readTier takes the tiers of VMs; of those that exist, only one is served by this build.
+// readTier takes the tiers of VMs, as far as this build knows what to do with them.
 func readTier(t *tomlfile.Table, v *VM) {
 	if !t.String("tier", &v.Tier) {
 		if !t.Has("tier") {
-			t.Errorf("tier", "expected tier = %q, got none; an entry names its tier", derive.TierVM)
+			t.Errorf("tier", "expected tier = %q or %q, got none; an entry names its tier", derive.TierVM, derive.TierSNP)
 		}
 		return
 	}
 	switch v.Tier {
-	case derive.TierVM:
-	case "snp", "container", "user":
-		t.Errorf("tier", "this build does not serve tier %q yet; expected tier = %q", v.Tier, derive.TierVM)
+	case derive.TierVM, derive.TierSNP:
+	case "container", "user":
+		t.Errorf("tier", "this build does not serve tier %q yet; expected tier = %q or %q", v.Tier, derive.TierVM, derive.TierSNP)
 	default:
-		t.Errorf("tier", "expected tier = %q, got %.40q", derive.TierVM, v.Tier)
+		t.Errorf("tier", "expected tier = %q or %q, got %.40q", derive.TierVM, derive.TierSNP, v.Tier)
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 
+	"keybroker/attest"
 	"keybroker/derive"
 )
 
@@ -40,6 +41,7 @@ type Policy struct {
 	exact    map[string][]*Service // by name
 	globs    map[string][]*Service // by what stands before the *
 	vms      []*VM
+	snps     []*SNP
 	byUUID   map[string]*VM
 	uids     map[uint32]bool // that some entry of a service allows
 }
@@ -60,13 +62,17 @@ type Service struct {
 type VM struct {
 	Rule     string   // "policy.toml:20 [[vm]] web1": names the entry everywhere
 	UUID     string   // lower case, 36 octets
-	Name     string   // the domain's name, which must be this; empty: any
-	Tier     string   // always derive.TierVM in this build
+	Name     string   // the domain's name, which must be this; empty: any. In tier snp only what people call it
+	Tier     string   // derive.TierVM or derive.TierSNP
 	Subject  string   // whose keys they are: the entry's subject, or its UUID
 	Hosts    []string // names of hosts; nil: any host; empty but not nil: none
 	Keys     []Key    // empty: the entry allows no key
 	Deny     bool     // refuse it whatever else the entry says
 	AfterGap string   // GapAllow or GapRefuse
+
+	SNP     *attest.Policy // what its reports are appraised with, HOST_DATA included; nil if and only if the tier is another than derive.TierSNP
+	SNPName string         // of the [[snp]] table that this comes from
+	Shared  bool           // a report that satisfies this entry may satisfy others that say so too
 }
 
 // What happens to a VM that was running while nobody watched for its events.
@@ -173,7 +179,8 @@ func (s *Service) unitHolds(c Claims) bool {
 	return s.Units == nil || c.MatchUnit != nil && slices.ContainsFunc(s.Units, c.MatchUnit)
 }
 
-// VM decides whether a VM may have keys at all. The entry is nil if not.
+// VM decides whether a VM may have keys at all. The entry is nil if not. In tier snp it is so far the guest's own word who it
+// is: nothing is decided before a report for this session passes under the entry's SNP.
 func (p *Policy) VM(c VMClaims) (*VM, Decision) {
 	v := p.byUUID[c.UUID]
 	if v == nil {

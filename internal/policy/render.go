@@ -38,6 +38,12 @@ func (v *VM) settings() []setting {
 		out = append(out, setting{"name", quote(v.Name)})
 	}
 	out = append(out, setting{"tier", quote(v.Tier)})
+	if v.SNPName != "" {
+		out = append(out, setting{"snp", quote(v.SNPName)})
+	}
+	if v.Shared {
+		out = append(out, setting{"shared", "true"})
+	}
 	if v.Hosts != nil {
 		out = append(out, setting{"hosts", "[" + quoteStrings(v.Hosts) + "]"})
 	}

@@ -14,18 +14,19 @@ import (
 	"keybroker/internal/tomlfile"
 )
 
-// ParseSNP reads an appraisal policy for SNP reports that is a file of its own. Name is used in messages and rules. A policy
-// that would refuse everything is an error.
+// ParseSNP reads an appraisal policy for SNP reports that is a file of its own, and has the keys of a [[snp]] table. It is for judging
+// reports by hand: nobody gets keys by it. Name is used in messages and rules. A policy that would refuse everything is an error.
 func ParseSNP(name string, data []byte) (*attest.Policy, error) {
 	t, err := tomlfile.Parse(name, data)
 	if err != nil {
 		return nil, fmt.Errorf("reading policy: %w", err)
 	}
-	p := readSNP(name, t)
+	r := newSNPReader(name, t, name)
+	r.read()
 	if err := t.Err(); err != nil {
 		return nil, fmt.Errorf("reading policy: %w", err)
 	}
-	return p, nil
+	return r.p, nil
 }
 
 // Sizes of what reports hold, octets.
@@ -36,17 +37,30 @@ const (
 	chipIDSize      = 64
 )
 
-// An snpReader reads the table of one appraisal policy.
+// An snpReader reads the table of one appraisal policy: a [[snp]] table, or a file of its own.
 type snpReader struct {
-	file string
-	t    *tomlfile.Table
-	p    *attest.Policy
+	file    string
+	t       *tomlfile.Table
+	group   bool // it is a [[snp]] table: each VM that names it has a HOST_DATA of its own
+	p       *attest.Policy
+	anyData bool // unless the table has any_host_data
 }
 
-// readSNP reads the appraisal policy in a table. What is wrong in it is collected by the table.
-func readSNP(file string, t *tomlfile.Table) *attest.Policy {
-	r := &snpReader{file: file, t: t, p: &attest.Policy{Rule: file, File: file, Lines: map[string]int{}}}
-	p := r.p
+func newSNPReader(file string, t *tomlfile.Table, rule string) *snpReader {
+	return &snpReader{file: file, t: t, p: &attest.Policy{Rule: rule, File: file, Lines: map[string]int{}}}
+}
+
+// kind returns how rules name a table within: "measurement", or "snp.measurement".
+func (r *snpReader) kind(key string) string {
+	if r.group {
+		return "snp." + key
+	}
+	return key
+}
+
+// read reads it all. What is wrong is collected by the table.
+func (r *snpReader) read() {
+	t, p := r.t, r.p
 	r.words("signer", &p.Signers, attest.VCEK, attest.VLEK)
 	t.Strings("csp", &p.CSPs)
 	r.words("deny_product", &p.DenyProducts, snp.Milan, snp.Genoa, snp.Turin)
@@ -73,7 +87,6 @@ func readSNP(file string, t *tomlfile.Table) *attest.Policy {
 	r.lines(t, "", "signer", "csp", "product", "deny_product", "vmpl", "measurement", "id_key", "author_key", "subject", "host_data", "image_id",
 		"family_id", "guest_svn", "chip_id", "deny_chip_id", "masked_chip_id", "crl", "crl_max_age", "min_validity")
 	r.problems()
-	return p
 }
 
 // lines notes where keys stand, for the rules that verdicts name.
@@ -87,7 +100,11 @@ func (r *snpReader) lines(t *tomlfile.Table, prefix string, keys ...string) {
 
 // problems reports why the policy would refuse everything, where that was not said before.
 func (r *snpReader) problems() {
-	for _, problem := range r.p.Problems() {
+	p := *r.p
+	if r.group && p.HostData == nil && !r.anyData {
+		p.HostData = attest.ReferenceValues{{}} // each VM has its own
+	}
+	for _, problem := range p.Problems() {
 		key := problem.Key
 		if key == "host_data" && r.t.Has("subject") || key == "crl" && r.t.Has("crl") || key == "chip_id" && !r.t.Has("chip_id") {
 			continue // this was found wrong where it stands
@@ -166,8 +183,11 @@ func (r *snpReader) named(key string, size int) attest.ReferenceValues {
 		} else if !t.Has("value") {
 			t.Errorf("value", "expected %d hexadecimal digits, got none", 2*size)
 		}
+		if slices.ContainsFunc(out, func(w attest.ReferenceValue) bool { return w.Name == v.Name && v.Name != "" }) {
+			t.Errorf("name", "expected each name once, got it again")
+		}
 		v.Until = readDate(t, "until")
-		v.Rule = ruleName(r.file, t, key, v.Name)
+		v.Rule = ruleName(r.file, t, r.kind(key), v.Name)
 		out = append(out, v)
 	}
 	return out
@@ -197,28 +217,59 @@ func readDate(t *tomlfile.Table, key string) time.Time {
 	return at
 }
 
-// hostData takes HOST_DATA, or the subject whose HOST_DATA it is.
+// hostData takes HOST_DATA, or the subject whose HOST_DATA it is. In a [[snp]] table subjects are the VMs', and any_host_data says
+// that it does not matter.
 func (r *snpReader) hostData() {
 	r.p.HostData = r.plain(r.t, "host_data", hostDataSize)
+	if r.group {
+		r.t.Bool("any_host_data", &r.anyData)
+		if r.anyData && r.p.HostData != nil {
+			r.t.Errorf("any_host_data", "expected any_host_data or host_data, got both")
+		}
+	}
 	var subject string
-	if !r.t.String("subject", &subject) {
+	if r.group && !r.t.Has("subject") || !r.t.String("subject", &subject) {
 		return
 	}
-	if r.p.HostData != nil {
+	switch {
+	case r.group:
+		r.t.Errorf("subject", "expected no subject: the HOST_DATA of each VM that names this table is its own")
+	case r.p.HostData != nil:
 		r.t.Errorf("subject", "expected subject or host_data, got both")
-	}
-	if derive.CheckSubject(subject) != nil {
+	case derive.CheckSubject(subject) != nil:
 		r.t.Errorf("subject", "expected a UUID in lower case, such as \"11111111-2222-3333-4444-555555555555\", got %d characters", len(subject))
 	}
 	rule := fmt.Sprintf("%s:%d subject", r.file, r.t.KeyLine("subject"))
 	r.p.HostData = attest.ReferenceValues{{Name: "subject " + subject, Value: attest.HostData(subject), Rule: rule}}
 }
 
+// A flag is a key that is true or false.
+type flag struct {
+	key string
+	is  *bool
+}
+
 // flags asks for keys that are true or false.
-func (r *snpReader) flags(t *tomlfile.Table, prefix string, flags map[string]*bool) {
-	for key, dst := range flags {
-		t.Bool(key, dst)
-		r.lines(t, prefix, key)
+func (r *snpReader) flags(t *tomlfile.Table, prefix string, flags []flag) {
+	for _, f := range flags {
+		t.Bool(f.key, f.is)
+		r.lines(t, prefix, f.key)
+	}
+}
+
+func guestFlags(g *attest.GuestPolicy) []flag {
+	return []flag{
+		{"allow_debug", &g.AllowDebug}, {"allow_migration_agent", &g.AllowMigrationAgent}, {"allow_smt", &g.AllowSMT}, {"allow_cxl", &g.AllowCXL},
+		{"require_single_socket", &g.RequireSingleSocket}, {"require_aes_256_xts", &g.RequireAES256XTS},
+		{"require_rapl_disabled", &g.RequireRAPLDisabled}, {"require_cipher_hiding", &g.RequireCipherHiding},
+		{"require_page_swap_disable", &g.RequirePageSwapDisable},
+	}
+}
+
+func platformFlags(p *attest.PlatformPolicy) []flag {
+	return []flag{
+		{"require_smt_disabled", &p.RequireSMTDisabled}, {"require_tsme", &p.RequireTSME}, {"require_ecc", &p.RequireECC},
+		{"require_rapl_disabled", &p.RequireRAPLDisabled}, {"require_cipher_hiding", &p.RequireCipherHiding}, {"require_alias_check", &p.RequireAliasCheck},
 	}
 }
 
@@ -235,24 +286,13 @@ func (r *snpReader) guestPolicy() {
 		}
 	}
 	r.lines(t, "guest_policy.", "abi")
-	r.flags(t, "guest_policy.", map[string]*bool{
-		"allow_debug": &g.AllowDebug, "allow_migration_agent": &g.AllowMigrationAgent, "allow_smt": &g.AllowSMT, "allow_cxl": &g.AllowCXL,
-		"require_single_socket": &g.RequireSingleSocket, "require_aes_256_xts": &g.RequireAES256XTS,
-		"require_rapl_disabled": &g.RequireRAPLDisabled, "require_cipher_hiding": &g.RequireCipherHiding,
-		"require_page_swap_disable": &g.RequirePageSwapDisable,
-	})
+	r.flags(t, "guest_policy.", guestFlags(g))
 }
 
 func (r *snpReader) platform() {
-	t := r.t.Table("platform")
-	if t == nil {
-		return
+	if t := r.t.Table("platform"); t != nil {
+		r.flags(t, "platform.", platformFlags(&r.p.Platform))
 	}
-	p := &r.p.Platform
-	r.flags(t, "platform.", map[string]*bool{
-		"require_smt_disabled": &p.RequireSMTDisabled, "require_tsme": &p.RequireTSME, "require_ecc": &p.RequireECC,
-		"require_rapl_disabled": &p.RequireRAPLDisabled, "require_cipher_hiding": &p.RequireCipherHiding, "require_alias_check": &p.RequireAliasCheck,
-	})
 }
 
 // products takes the [[product]] tables.
@@ -265,7 +305,7 @@ func (r *snpReader) products() {
 		if slices.ContainsFunc(r.p.Products, func(p attest.Product) bool { return p.Line == product.Line && p.Line != "" }) {
 			t.Errorf("line", "expected each line once, got it again")
 		}
-		product.Rule = ruleName(r.file, t, "product", product.Line)
+		product.Rule = ruleName(r.file, t, r.kind("product"), product.Line)
 		if product.Chips = r.plain(t, "chip_id", chipIDSize); product.Chips != nil && len(product.Chips) == 0 {
 			t.Errorf("chip_id", "expected chips, or no such list, got none")
 		}
@@ -288,6 +328,11 @@ func (r *snpReader) leastTCBs(t *tomlfile.Table, product *attest.Product) {
 	}
 }
 
+// tcbParts returns the parts of a TCB by their names.
+func tcbParts(t *attest.TCB) map[string]*uint8 {
+	return map[string]*uint8{"fmc": &t.FMC, "bootloader": &t.Bootloader, "tee": &t.TEE, "snp": &t.SNP, "microcode": &t.Microcode}
+}
+
 // readTCB takes a table with every part of the line's TCB. Nil if it is not there.
 func readTCB(parent *tomlfile.Table, key, line string) *attest.TCB {
 	t := parent.Table(key)
@@ -295,7 +340,7 @@ func readTCB(parent *tomlfile.Table, key, line string) *attest.TCB {
 		return nil
 	}
 	var tcb attest.TCB
-	parts := map[string]*uint8{"fmc": &tcb.FMC, "bootloader": &tcb.Bootloader, "tee": &tcb.TEE, "snp": &tcb.SNP, "microcode": &tcb.Microcode}
+	parts := tcbParts(&tcb)
 	wanted := snp.TCBParts(line)
 	if wanted == nil { // that the line is wrong has been said
 		wanted = slices.Collect(maps.Keys(parts))

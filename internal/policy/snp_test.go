@@ -62,9 +62,8 @@ func TestDocumentedSNPPolicy(t *testing.T) {
 const digits48, digits64 = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff",
 	"00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff"
 
-// Every key, once.
-func TestSNPPolicyKeys(t *testing.T) {
-	text := `
+// allSNPKeys is an appraisal policy with every key but subject, measurement and crl_max_age.
+var allSNPKeys = `
 signer = ["VCEK", "VLEK"]
 csp = ["CN=example"]
 deny_product = ["Milan"]
@@ -110,7 +109,10 @@ reported = { fmc = 1, bootloader = 2, tee = 3, snp = 4, microcode = 5 }
 committed = { fmc = 0, bootloader = 0, tee = 0, snp = 0, microcode = 0 }
 launch = { fmc = 255, bootloader = 0, tee = 0, snp = 0, microcode = 0 }
 `
-	p, err := ParseSNP("snp.toml", []byte(text))
+
+// Every key, once.
+func TestSNPPolicyKeys(t *testing.T) {
+	p, err := ParseSNP("snp.toml", []byte(allSNPKeys))
 	if err != nil {
 		t.Fatal(err)
 	}
