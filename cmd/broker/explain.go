@@ -63,7 +63,7 @@ A name is that of a VM if one has it, and with --uid, --unit or --via that of a 
 	c.Flags().StringVar(&f.who.via, "via", policy.ViaUnix, "the `DOOR` that it would come through: unix or tcp")
 	c.RegisterFlagCompletionFunc("via", cobra.FixedCompletions(doors, cobra.ShellCompDirectiveNoFileComp))
 	c.Flags().BoolVar(&f.asJSON, "json", false, "print JSON")
-	f.evidence.add(c)
+	f.evidence.add(g, c)
 	return c
 }
 

@@ -18,6 +18,7 @@ import (
 
 	"keybroker/attest"
 	"keybroker/attest/snp"
+	"keybroker/derive"
 	"keybroker/internal/policy"
 )
 
@@ -25,7 +26,8 @@ import (
 const evidenceHelp = `With --evidence, appraise an SEV-SNP attestation report, offline: no broker and no network are asked. The file is a report, or
 one with its table of certificates behind it (as extended reports have it). Further certificates, and revocation lists, come with
 --certs: in DER, in PEM, or as a table (configfs-tsm's auxblob; its outblob is the report). AMD's ARKs and ASKs are built in, ASVKs
-are not. Without --policy only the evidence itself is judged, without --report-data not for which session it was made.
+are not. --policy names an appraisal policy in a file of its own; with --vm it is that of a VM in this host's policy. Without both
+only the evidence itself is judged, without --report-data not for which session it was made.
 With --certs alone the certificate of a VCEK or VLEK is judged.
 
 Exit status: 0 when all that was asked for holds, otherwise that of the first part which does not:
@@ -44,17 +46,20 @@ var evidenceStatus = map[attest.Part]exitStatus{
 type evidenceFlags struct {
 	report     string
 	certs      []string
+	vm         string
 	reportData string
 	at         string
 }
 
 // add defines the flags.
-func (f *evidenceFlags) add(c *cobra.Command) {
-	c.Flags().StringVar(&f.report, "evidence", "", "`FILE` with an SEV-SNP report; --policy is then the appraisal policy alone")
+func (f *evidenceFlags) add(g *globals, c *cobra.Command) {
+	c.Flags().StringVar(&f.report, "evidence", "", "`FILE` with an SEV-SNP report; --policy is then an appraisal policy")
+	c.Flags().StringVar(&f.vm, "vm", "", "with --evidence: judge it by the entry of this VM, `NAME` or UUID, in policy.toml and its drop-ins")
 	c.Flags().StringArrayVar(&f.certs, "certs", nil, "`FILE` with certificates or revocation lists; may be repeated")
 	c.Flags().StringVar(&f.reportData, "report-data", "", "the REPORT_DATA that the session wants, 128 hexadecimal `DIGITS`")
 	c.Flags().StringVar(&f.at, "at", "", "judge as of this `DATE`, such as 2026-01-31 or 2026-01-31T12:00:00Z (default now)")
-	for _, mine := range []string{"evidence", "certs", "report-data", "at"} {
+	c.RegisterFlagCompletionFunc("vm", g.completeVM)
+	for _, mine := range []string{"evidence", "vm", "certs", "report-data", "at"} {
 		c.MarkFlagsMutuallyExclusive(mine, "uid")
 		c.MarkFlagsMutuallyExclusive(mine, "unit")
 	}
@@ -62,7 +67,7 @@ func (f *evidenceFlags) add(c *cobra.Command) {
 
 // asked reports whether explain is about evidence.
 func (f *evidenceFlags) asked() bool {
-	return f.report != "" || len(f.certs) > 0 || f.reportData != "" || f.at != ""
+	return f.report != "" || f.vm != "" || len(f.certs) > 0 || f.reportData != "" || f.at != ""
 }
 
 // explainEvidence appraises a report, or certificates alone.
@@ -140,7 +145,7 @@ func (g *globals) evidenceRequest(f evidenceFlags) (snp.Request, error) {
 	if err := readReportData(f.reportData, &r); err != nil {
 		return r, err
 	}
-	if f.report == "" && (r.ReportData != nil || g.policy != "" || len(f.certs) == 0) {
+	if f.report == "" && (r.ReportData != nil || g.policy != "" || f.vm != "" || len(f.certs) == 0) {
 		return r, usageError{errors.New("--evidence is missing: without a report there is nothing to judge but --certs")}
 	}
 	if err := readReport(f.report, &r); err != nil {
@@ -151,7 +156,24 @@ func (g *globals) evidenceRequest(f evidenceFlags) (snp.Request, error) {
 			return r, err
 		}
 	}
-	return r, g.readAppraisalPolicy(&r)
+	return r, g.chooseAppraisalPolicy(f.vm, &r)
+}
+
+// chooseAppraisalPolicy takes the appraisal policy that the flags name, if they name one, and says where it is weak.
+func (g *globals) chooseAppraisalPolicy(vm string, r *snp.Request) (err error) {
+	switch {
+	case vm != "":
+		r.Policy, err = g.appraisalPolicyOf(vm)
+	case g.policy != "":
+		r.Policy, err = readAppraisalPolicy(g.policy)
+	}
+	if err != nil || r.Policy == nil {
+		return err
+	}
+	for _, w := range r.Policy.Warnings(r.At) {
+		g.warn("%s", w)
+	}
+	return nil
 }
 
 func readReportData(digits string, r *snp.Request) error {
@@ -196,22 +218,41 @@ func readEndorsements(name string, dst *attest.Endorsements) error {
 	return nil
 }
 
-// readAppraisalPolicy reads --policy, if it is there, and says where it is weak.
-func (g *globals) readAppraisalPolicy(r *snp.Request) error {
-	if g.policy == "" {
-		return nil
-	}
-	octets, err := readBounded(g.policy)
+// appraisalPolicyOf returns what the reports of a VM are appraised with on this host.
+func (g *globals) appraisalPolicyOf(nameOrUUID string) (*attest.Policy, error) {
+	paths, err := g.paths()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if r.Policy, err = policy.ParseSNP(filepath.Base(g.policy), octets); err != nil {
-		return err
+	p, err := policy.Load(policy.Source{File: paths.PolicyFile, Dir: paths.PolicyDir, Required: true})
+	if err != nil {
+		return nil, err
 	}
-	for _, w := range r.Policy.Warnings(r.At) {
-		g.warn("%s", w)
+	entries := p.Find(nameOrUUID)
+	if len(entries) == 0 {
+		return nil, fmt.Errorf("no [[vm]] entry in the policy has the name or UUID %.60q", nameOrUUID)
 	}
-	return nil
+	if len(entries) > 1 {
+		return nil, hintedError{fmt.Errorf("%s and %s have the same name", entries[0].Rule, entries[1].Rule), "name the VM by its UUID"}
+	}
+	v, d := p.VM(policy.VMClaims{UUID: entries[0].UUID, Tier: derive.TierSNP})
+	if !d.Allow {
+		return nil, fmt.Errorf("no report gets keys by %s: expected %s", d.Rule, d.Expected)
+	}
+	return v.SNP, nil
+}
+
+// readAppraisalPolicy reads one that is a file of its own.
+func readAppraisalPolicy(name string) (*attest.Policy, error) {
+	octets, err := readBounded(name)
+	if err != nil {
+		return nil, err
+	}
+	p, err := policy.ParseSNP(filepath.Base(name), octets)
+	if err != nil {
+		return nil, hintedError{err, "if this is a whole policy, name one of its VMs with --vm"}
+	}
+	return p, nil
 }
 
 // maxInput is how many octets a file given to explain may have.
@@ -252,7 +293,7 @@ func (e *evidenceExplanation) judge(v *attest.Verdict, parts []attest.Part) {
 		unasked = append(unasked, "binding (--report-data)")
 	}
 	if !slices.Contains(parts, attest.Appraisal) {
-		unasked = append(unasked, "policy (--policy)")
+		unasked = append(unasked, "policy (--policy or --vm)")
 	}
 	if len(unasked) > 0 {
 		e.remark = "; not checked: " + strings.Join(unasked, ", ")

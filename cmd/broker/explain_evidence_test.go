@@ -89,7 +89,7 @@ func TestExplainEvidence(t *testing.T) {
 				args = append(args, "--certs", filepath.Join(samples, more))
 			}
 			status, out, stderr := call(t, args...)
-			if status != c.genuine || c.genuine == 0 && !strings.HasSuffix(out, "verdict: genuine; not checked: binding (--report-data), policy (--policy)\n") {
+			if status != c.genuine || c.genuine == 0 && !strings.HasSuffix(out, "verdict: genuine; not checked: binding (--report-data), policy (--policy or --vm)\n") {
 				t.Errorf("without a policy: status %d\n%s%s", status, out, stderr)
 			}
 			args = append(args, "--policy", policyFor(t, report, c.line, c.signer), "--report-data", hex.EncodeToString(report[0x50:0x90]))
@@ -218,6 +218,123 @@ func TestExplainEvidenceStatuses(t *testing.T) {
 				t.Errorf("the TCB is not there:\n%s", out)
 			}
 		})
+	}
+}
+
+// hostPolicy is a policy.toml whose VM web1 accepts a report's measurement until 2026-12-01, and another one. Its HOST_DATA is given:
+// no sample was launched with one of ours.
+func hostPolicy(t *testing.T, report []byte) string {
+	t.Helper()
+	return writeFile(t, "policy.toml", fmt.Appendf(nil, `
+[[vm]]
+uuid = "11111111-2222-3333-4444-555555555555"
+name = "web1"
+tier = "snp"
+snp  = "web"
+keys = ["disk"]
+
+[[vm]]
+uuid = "21111111-2222-3333-4444-555555555555"
+name = "web2"
+tier = "snp"
+snp  = "own"
+keys = ["disk"]
+
+[[vm]]
+uuid = "31111111-2222-3333-4444-555555555555"
+name = "plain"
+tier = "vm"
+keys = ["disk"]
+
+[[snp]]
+name = "web"
+signer = ["VCEK"]
+vmpl = [0, 1]
+crl = "when-given"
+host_data = ["%[1]x"]
+[[snp.measurement]]
+name = "now"
+value = "%[2]x"
+until = "2026-12-01"
+[[snp.measurement]]
+name = "next"
+value = "%[3]x"
+[[snp.product]]
+line = "Genoa"
+tcb = { bootloader = 2, tee = 0, snp = 5, microcode = 27 }
+[snp.guest_policy]
+allow_smt = true
+
+[[snp]]
+name = "own"
+signer = ["VCEK"]
+vmpl = [0, 1]
+crl = "when-given"
+[[snp.measurement]]
+name = "now"
+value = "%[2]x"
+[[snp.product]]
+line = "Genoa"
+tcb = { bootloader = 2, tee = 0, snp = 5, microcode = 27 }
+[snp.guest_policy]
+allow_smt = true
+`, report[0xc0:0xe0], report[0x90:0xc0], make([]byte, 48)))
+}
+
+// A report is judged by a VM's own entry, at a date: the measurement that ends is accepted before, and the staged one says nothing
+// for it afterwards.
+func TestExplainEvidenceOfVM(t *testing.T) {
+	report := readSample(t, "zen4c-v5.report.bin")
+	file := hostPolicy(t, report)
+	args := []string{"explain", "--evidence", filepath.Join(samples, "zen4c-v5.report.bin"), "--certs", filepath.Join(samples, "zen4c-v5.vcek.der"), "--policy", file}
+	for name, c := range map[string]struct {
+		status   int
+		args     []string
+		out, err string
+	}{
+		"accepted":    {0, []string{"--vm", "web1", "--at", "2026-11-22"}, "policy.toml:28 [[snp.measurement]] now", "policy.toml:26 crl: without a revocation list"},
+		"by UUID":     {0, []string{"--vm", "11111111-2222-3333-4444-555555555555", "--at", "2026-11-30"}, "verdict: accepted", "policy.toml:26 crl"},
+		"retired":     {9, []string{"--vm", "web1", "--at", "2026-12-01"}, "which was accepted until 2026-12-01T00:00:00Z (policy.toml:28 [[snp.measurement]] now)", "is no longer accepted"},
+		"another VM":  {9, []string{"--vm", "web2", "--at", "2026-11-22"}, "refused, policy: host-data: expected one of \"web2\" ", "policy.toml:45 crl"},
+		"its rule":    {9, []string{"--vm", "web2", "--at", "2026-11-22"}, " (policy.toml:9 [[vm]] web2)", ""},
+		"tier vm":     {1, []string{"--vm", "plain"}, "", `no report gets keys by policy.toml:16 [[vm]] plain: expected tier: "vm"`},
+		"no such VM":  {1, []string{"--vm", "nobody"}, "", `no [[vm]] entry in the policy has the name or UUID "nobody"`},
+		"not by name": {1, nil, "", "name one of its VMs with --vm"},
+		"with uid":    {2, []string{"--vm", "web1", "--uid", "3"}, "", "none of the others can be"},
+	} {
+		status, out, stderr := call(t, append(slices.Clone(args), c.args...)...)
+		if status != c.status || !strings.Contains(out, c.out) || !strings.Contains(stderr, c.err) {
+			t.Errorf("%s: status %d\n%s%s", name, status, out, stderr)
+		}
+	}
+	if status, _, stderr := call(t, "explain", "--vm", "web1", "--policy", file); status != 2 || !strings.Contains(stderr, "--evidence is missing") {
+		t.Errorf("no evidence: status %d, %s", status, stderr)
+	}
+}
+
+// policy check says what reports must say, and warns of what is weak.
+func TestPolicyCheckOfSNP(t *testing.T) {
+	file := hostPolicy(t, readSample(t, "zen4c-v5.report.bin"))
+	status, out, stderr := call(t, "policy", "check", "--policy", file)
+	for _, want := range []string{
+		`vm    web1   tier snp 11111111-2222-3333-4444-555555555555 by [[snp]] web`, "\npolicy.toml:22 [[snp]] web: reports for web1\n", `  measurement "next"  000000`,
+		`until 2026-12-01T00:00:00Z`, `at least bootloader 2, tee 0, snp 5, microcode 27`, "\npolicy.toml:41 [[snp]] own: reports for web2\n", "  host_data of web2  ", "\ndigest ",
+	} {
+		if status != 0 || !strings.Contains(out, want) {
+			t.Errorf("status %d, no %q\n%s%s", status, want, out, stderr)
+		}
+	}
+	if !strings.Contains(stderr, "keybroker: warning: policy.toml:26 crl: without a revocation list nothing is known to be revoked\n") {
+		t.Errorf("%s", stderr)
+	}
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	nothing := writeFile(t, "policy.toml", regexp.MustCompile(`(?s)\[\[snp\.measurement\]\].*?\n\[\[snp.product`).ReplaceAll(text, []byte("[[snp.product")))
+	status, out, stderr = call(t, "policy", "check", "--policy", nothing)
+	if status != 1 || out != "" || !strings.Contains(stderr, `policy.toml:22: "measurement" in [[snp]]: expected measurements, or digests of ID keys or author keys`) {
+		t.Errorf("no measurement: status %d\n%s%s", status, out, stderr)
 	}
 }
 
