@@ -278,6 +278,19 @@ line = "Genoa"
 tcb = { bootloader = 2, tee = 0, snp = 5, microcode = 27 }
 [snp.guest_policy]
 allow_smt = true
+
+[[vm]]
+uuid = "41111111-2222-3333-4444-555555555555"
+name = "twin"
+tier = "snp"
+snp  = "own"
+
+[[vm]]
+uuid = "51111111-2222-3333-4444-555555555555"
+name = "twin"
+tier = "snp"
+snp  = "own"
+deny = true
 `, report[0xc0:0xe0], report[0x90:0xc0], make([]byte, 48)))
 }
 
@@ -299,6 +312,9 @@ func TestExplainEvidenceOfVM(t *testing.T) {
 		"its rule":    {9, []string{"--vm", "web2", "--at", "2026-11-22"}, " (policy.toml:9 [[vm]] web2)", ""},
 		"tier vm":     {1, []string{"--vm", "plain"}, "", `no report gets keys by policy.toml:16 [[vm]] plain: expected tier: "vm"`},
 		"no such VM":  {1, []string{"--vm", "nobody"}, "", `no [[vm]] entry in the policy has the name or UUID "nobody"`},
+		"no keys":     {1, []string{"--vm", "41111111-2222-3333-4444-555555555555"}, "", "no report gets keys by policy.toml:55 [[vm]] twin: expected keys: an entry with keys"},
+		"denied":      {1, []string{"--vm", "51111111-2222-3333-4444-555555555555"}, "", "no report gets keys by policy.toml:61 [[vm]] twin: expected deny: an entry without deny"},
+		"two names":   {1, []string{"--vm", "twin"}, "", "policy.toml:55 [[vm]] twin and policy.toml:61 [[vm]] twin have the same name\nkeybroker: hint: name the VM by its UUID"},
 		"not by name": {1, nil, "", "name one of its VMs with --vm"},
 		"with uid":    {2, []string{"--vm", "web1", "--uid", "3"}, "", "none of the others can be"},
 	} {
@@ -318,7 +334,7 @@ func TestPolicyCheckOfSNP(t *testing.T) {
 	status, out, stderr := call(t, "policy", "check", "--policy", file)
 	for _, want := range []string{
 		`vm    web1   tier snp 11111111-2222-3333-4444-555555555555 by [[snp]] web`, "\npolicy.toml:22 [[snp]] web: reports for web1\n", `  measurement "next"  000000`,
-		`until 2026-12-01T00:00:00Z`, `at least bootloader 2, tee 0, snp 5, microcode 27`, "\npolicy.toml:41 [[snp]] own: reports for web2\n", "  host_data of web2  ", "\ndigest ",
+		`until 2026-12-01T00:00:00Z`, `at least bootloader 2, tee 0, snp 5, microcode 27`, "\npolicy.toml:41 [[snp]] own: reports for web2, twin, twin\n", "  host_data of web2  ", "\ndigest ",
 	} {
 		if status != 0 || !strings.Contains(out, want) {
 			t.Errorf("status %d, no %q\n%s%s", status, want, out, stderr)

@@ -27,6 +27,7 @@ type measureFlags struct {
 	features                 string
 	asJSON                   bool
 	name, until              string // of entries for a policy
+	alone                    bool   // that is a file of its own
 }
 
 func newMeasureCommand(g *globals) *cobra.Command {
@@ -37,8 +38,9 @@ func newMeasureCommand(g *globals) *cobra.Command {
 		Long: `Compute the launch digest, MEASUREMENT in a report, of an SEV-SNP guest that QEMU starts: from its firmware, from kernel, initrd
 and command line if it is started with -kernel and kernel-hashes=on, and from its virtual processors.
 
---vcpus takes one number, or a range such as 1-64: each number has its own digest. --policy-name prints entries for a policy, with
-the files' hashes as comments.`,
+--vcpus takes one number, or a range such as 1-64: each number has its own digest. --policy-name prints [[snp.measurement]] entries,
+which belong below a [[snp]] table of policy.toml or a drop-in, with the files' hashes as comments; with --standalone [[measurement]]
+entries, for the file that explain --evidence --policy takes.`,
 		Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error { return g.measure(f) },
 	}
@@ -50,8 +52,9 @@ the files' hashes as comments.`,
 	c.Flags().StringVar(&f.vcpuType, "vcpu-type", "", "QEMU's `NAME` of the processors, such as EPYC-v4, or their CPUID signature in hexadecimal, such as 0x800f12")
 	c.Flags().StringVar(&f.features, "guest-features", "0x1", "SEV_FEATURES as a `NUMBER`; QEMU sets 0x1")
 	c.Flags().BoolVar(&f.asJSON, "json", false, "print JSON")
-	c.Flags().StringVar(&f.name, "policy-name", "", "print [[measurement]] entries with this `NAME` for a policy")
+	c.Flags().StringVar(&f.name, "policy-name", "", "print entries with this `NAME` for a policy")
 	c.Flags().StringVar(&f.until, "until", "", "the `DATE` on which those entries end")
+	c.Flags().BoolVar(&f.alone, "standalone", false, "the entries are for an appraisal policy in a file of its own")
 	for _, required := range []string{"firmware", "vcpus", "vcpu-type"} {
 		_ = c.MarkFlagRequired(required)
 	}
@@ -108,7 +111,7 @@ func (g *globals) measure(f *measureFlags) error {
 	case f.asJSON:
 		return writeJSON(g.stdout, m)
 	case f.name != "":
-		return m.printPolicy(g.stdout, f.name, f.until)
+		return m.printPolicy(g.stdout, f)
 	}
 	return m.print(g.stdout)
 }
@@ -127,6 +130,8 @@ func (f *measureFlags) check() error {
 		return fmt.Errorf("--policy-name: expected up to 200 letters, digits, spaces and any of . , : + _ -, got %.40q", f.name)
 	case f.until != "" && f.name == "":
 		return fmt.Errorf("--until: expected --policy-name beside it")
+	case f.alone && f.name == "":
+		return fmt.Errorf("--standalone: expected --policy-name beside it")
 	}
 	if f.until != "" {
 		if _, err := policy.ParseDate(f.until); err != nil {
@@ -236,7 +241,7 @@ func (m *measurement) print(w io.Writer) error {
 }
 
 // printPolicy writes entries for a policy. What is a comment there says what they were made from.
-func (m *measurement) printPolicy(w io.Writer, name, until string) error {
+func (m *measurement) printPolicy(w io.Writer, f *measureFlags) error {
 	var b strings.Builder
 	comment := func(what string, s *source) {
 		if s != nil {
@@ -250,10 +255,14 @@ func (m *measurement) printPolicy(w io.Writer, name, until string) error {
 		fmt.Fprintf(&b, "# append    %q\n", *m.Append)
 	}
 	fmt.Fprintf(&b, "# vCPUs     %s, signature %s, features %s\n", m.VCPUType, m.Signature, m.Features)
+	table := "snp.measurement"
+	if f.alone {
+		table = "measurement"
+	}
 	for _, d := range m.Digests {
-		fmt.Fprintf(&b, "\n[[measurement]]\nname  = %q\nvalue = %q\n", fmt.Sprintf("%s, vcpus %d", name, d.VCPUs), d.Measurement)
-		if until != "" {
-			fmt.Fprintf(&b, "until = %q\n", until)
+		fmt.Fprintf(&b, "\n[[%s]]\nname  = %q\nvalue = %q\n", table, fmt.Sprintf("%s, vcpus %d", f.name, d.VCPUs), d.Measurement)
+		if f.until != "" {
+			fmt.Fprintf(&b, "until = %q\n", f.until)
 		}
 	}
 	_, err := io.WriteString(w, b.String())

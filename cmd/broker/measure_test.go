@@ -65,12 +65,21 @@ func TestMeasure(t *testing.T) {
 		if err := json.Unmarshal([]byte(out), &m, json.RejectUnknownMembers(true)); err != nil || m.Digests[0].Measurement != c.digest || len(m.Digests) != 2 {
 			t.Errorf("%v: %s", err, out)
 		}
-		_, out, _ = call(t, append(args, "--vcpus", "1-2", "--policy-name", "web 1.2", "--until", "2027-01-31")...)
+		entries := append(args, "--vcpus", "1-2", "--policy-name", "web 1.2", "--until", "2027-01-31")
+		_, out, _ = call(t, append(entries, "--standalone")...)
 		rest := "signer = [\"VCEK\"]\nvmpl = [0]\ncrl = \"when-given\"\nsubject = \"11111111-2222-3333-4444-555555555555\"\n"
 		product := "[[product]]\nline = \"Milan\"\ntcb = { bootloader = 1, tee = 0, snp = 1, microcode = 1 }\n"
 		p, err := policy.ParseSNP("snp.toml", []byte(rest+out+product))
 		if err != nil || len(p.Measurements) != 2 || hex.EncodeToString(p.Measurements[0].Value) != c.digest || p.Measurements[1].Name != "web 1.2, vcpus 2" || p.Measurements[0].Until.IsZero() {
 			t.Errorf("%v\n%s", err, out)
+		}
+		_, inPolicy, _ := call(t, entries...)
+		if inPolicy != strings.ReplaceAll(out, "[[measurement]]", "[[snp.measurement]]") || inPolicy == out {
+			t.Errorf("for policy.toml:\n%s", inPolicy)
+		}
+		table := "[[snp]]\nname = \"web\"\n" + strings.Replace(rest, "subject", "#", 1) + inPolicy + strings.Replace(product, "[[", "[[snp.", 1)
+		if _, err := policy.Parse(policy.File{Name: "policy.toml", Text: []byte(table)}); err != nil {
+			t.Errorf("%v\n%s", err, table)
 		}
 		if !strings.Contains(out, `# kernel    "empty", SHA-256 e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855`) {
 			t.Errorf("the policy does not say what it was made from:\n%s", out)
@@ -93,6 +102,7 @@ func TestMeasureMistakes(t *testing.T) {
 		"initrd, no kernel":   {2, "--firmware F --vcpu-type EPYC --vcpus 1 --initrd F"},
 		"append, no kernel":   {2, "--firmware F --vcpu-type EPYC --vcpus 1 --append x"},
 		"until, no policy":    {2, "--firmware F --vcpu-type EPYC --vcpus 1 --until 2027-01-01"},
+		"alone, no policy":    {2, "--firmware F --vcpu-type EPYC --vcpus 1 --standalone"},
 		"bad until":           {2, "--firmware F --vcpu-type EPYC --vcpus 1 --policy-name a --until x"},
 		"bad policy name":     {2, "--firmware F --vcpu-type EPYC --vcpus 1 --policy-name a\"b"},
 		"features without 1":  {1, "--firmware F --vcpu-type EPYC --vcpus 1 --guest-features 0x2"},
