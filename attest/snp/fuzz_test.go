@@ -2,6 +2,7 @@ package snp_test
 
 import (
 	"bytes"
+	"slices"
 	"testing"
 
 	"github.com/google/go-sev-guest/abi"
@@ -52,6 +53,35 @@ func FuzzEvidence(f *testing.F) {
 					}
 				}
 			}
+		}
+	})
+}
+
+// Whatever is given as a certificate or a revocation list, nothing is an endorsement but what AMD signed.
+func FuzzEndorsement(f *testing.F) {
+	v := verifier(f)
+	var known [][]byte
+	for _, s := range allSamples(f) {
+		known = append(known, s.endorsements(f).Certificates...)
+	}
+	chain, err := snp.ParseFile(vector(f, "turin.ask-ark-asvk.pem"))
+	if err != nil {
+		f.Fatal(err)
+	}
+	known = append(append(known, chain.Certificates...), vector(f, "turin.vcek.der"))
+	for _, der := range known {
+		f.Add(der)
+	}
+	list, err := authority(f, snp.Milan).CRL(spring, spring, 2, 3)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(list)
+	f.Fuzz(func(t *testing.T, octets []byte) {
+		e, err := v.Endorsement(octets, known)
+		own := slices.ContainsFunc(known, func(der []byte) bool { return bytes.Equal(der, octets) })
+		if own != (err == nil) || own != (e != nil) {
+			t.Errorf("%x: %+v, %v", octets, e, err)
 		}
 	})
 }
