@@ -70,6 +70,14 @@ func Make(dir string) error { return folder.Make(dir) }
 // Dir returns the store's folder.
 func (s *Store) Dir() string { return s.dir }
 
+func (s *Store) open() (*folder.Folder, error) {
+	f, err := folder.Open(s.dir)
+	if err != nil {
+		return nil, fmt.Errorf("opening the store of endorsements: %w", err)
+	}
+	return f, nil
+}
+
 // nameOf returns under which name an endorsement is stored. All its parts come from tables, numbers and digests.
 func nameOf(e *snp.Endorsement) string {
 	var tail strings.Builder
@@ -192,7 +200,7 @@ func (s *Store) readNamed(f *folder.Folder, names []string, prefix, suffix strin
 // fs.ErrNotExist among the errors.
 func (s *Store) Find(keys ...snp.Key) (attest.Endorsements, []error) {
 	var out attest.Endorsements
-	f, err := folder.Open(s.dir)
+	f, err := s.open()
 	if err != nil {
 		return out, []error{err}
 	}
@@ -245,7 +253,7 @@ func (s *Store) find(f *folder.Folder, k snp.Key) (out []*snp.Endorsement, probl
 
 // Get returns the certificate of one key. One that is not stored, or whose file does not verify, is an error.
 func (s *Store) Get(k snp.Key) (*snp.Endorsement, error) {
-	f, err := folder.Open(s.dir)
+	f, err := s.open()
 	if err != nil {
 		return nil, err
 	}
@@ -263,7 +271,7 @@ type Entry struct {
 // List reads and verifies everything that is stored, in the order of the files' names. What does not verify is in the list as
 // well.
 func (s *Store) List() ([]Entry, error) {
-	f, err := folder.Open(s.dir)
+	f, err := s.open()
 	if err != nil {
 		return nil, err
 	}
@@ -300,7 +308,7 @@ type Stored struct {
 // otherwise nothing is stored, and the error is ErrRefused. The folder must exist. While another process puts something, it waits
 // for ctx to end.
 func (s *Store) Put(ctx context.Context, given attest.Endorsements, wanted func([]*snp.Endorsement) error) ([]Stored, error) {
-	f, err := folder.Open(s.dir)
+	f, err := s.open()
 	if err != nil {
 		return nil, err
 	}
@@ -336,7 +344,7 @@ func (s *Store) PutEvidence(ctx context.Context, ev attest.Evidence) ([]Stored, 
 	if err != nil {
 		return nil, err
 	}
-	f, err := folder.Open(s.dir)
+	f, err := s.open()
 	if err != nil {
 		return nil, err
 	}

@@ -37,7 +37,7 @@ func Make(dir string) error {
 	// By a handle that is no link: whoever may write around here must not choose what is given away.
 	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return fmt.Errorf("making a folder: opening %s: %w", dir, err)
+		return fmt.Errorf("making a folder: %w", err)
 	}
 	h := os.NewFile(uintptr(fd), dir)
 	defer h.Close()
@@ -61,7 +61,7 @@ func giveTo(h *os.File, folder fs.FileInfo) error {
 func Open(dir string) (*Folder, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
-		return nil, fmt.Errorf("opening a folder: %w", err)
+		return nil, err
 	}
 	return &Folder{root}, nil
 }
