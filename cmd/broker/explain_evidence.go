@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -18,6 +19,7 @@ import (
 
 	"keybroker/attest"
 	"keybroker/attest/snp"
+	"keybroker/attest/snp/keyservice"
 	"keybroker/derive"
 	"keybroker/internal/policy"
 )
@@ -25,9 +27,10 @@ import (
 // evidenceHelp is the part of explain's help about evidence.
 const evidenceHelp = `With --evidence, appraise an SEV-SNP attestation report, offline: no broker and no network are asked. The file is a report, or
 one with its table of certificates behind it (as extended reports have it). Further certificates, and revocation lists, come with
---certs: in DER, in PEM, or as a table (configfs-tsm's auxblob; its outblob is the report). AMD's ARKs and ASKs are built in, ASVKs
-are not. --policy names an appraisal policy in a file of its own; with --vm it is that of a VM in this host's policy. Without both
-only the evidence itself is judged, without --report-data not for which session it was made.
+--certs: in DER, in PEM, or as a table (configfs-tsm's auxblob; its outblob is the report), and from the store of endorsements (see
+keybroker endorsements). AMD's ARKs and ASKs are built in, ASVKs are not. --policy names an appraisal policy in a file of its own;
+with --vm it is that of a VM in this host's policy. Without both only the evidence itself is judged, without --report-data not for
+which session it was made.
 With --certs alone the certificate of a VCEK or VLEK is judged.
 
 Exit status: 0 when all that was asked for holds, otherwise that of the first part which does not:
@@ -47,6 +50,7 @@ type evidenceFlags struct {
 	report     string
 	certs      []string
 	vm         string
+	store      string
 	reportData string
 	at         string
 }
@@ -56,10 +60,11 @@ func (f *evidenceFlags) add(g *globals, c *cobra.Command) {
 	c.Flags().StringVar(&f.report, "evidence", "", "`FILE` with an SEV-SNP report; --policy is then an appraisal policy")
 	c.Flags().StringVar(&f.vm, "vm", "", "with --evidence: judge it by the entry of this VM, `NAME` or UUID, in policy.toml and its drop-ins")
 	c.Flags().StringArrayVar(&f.certs, "certs", nil, "`FILE` with certificates or revocation lists; may be repeated")
+	c.Flags().StringVar(&f.store, "endorsements", "", "`DIR` with stored certificates and revocation lists (default endorsements in the state folder, if it can be read)")
 	c.Flags().StringVar(&f.reportData, "report-data", "", "the REPORT_DATA that the session wants, 128 hexadecimal `DIGITS`")
 	c.Flags().StringVar(&f.at, "at", "", "judge as of this `DATE`, such as 2026-01-31 or 2026-01-31T12:00:00Z (default now)")
 	c.RegisterFlagCompletionFunc("vm", g.completeVM)
-	for _, mine := range []string{"evidence", "vm", "certs", "report-data", "at"} {
+	for _, mine := range []string{"evidence", "vm", "certs", "endorsements", "report-data", "at"} {
 		c.MarkFlagsMutuallyExclusive(mine, "uid")
 		c.MarkFlagsMutuallyExclusive(mine, "unit")
 	}
@@ -67,7 +72,7 @@ func (f *evidenceFlags) add(g *globals, c *cobra.Command) {
 
 // asked reports whether explain is about evidence.
 func (f *evidenceFlags) asked() bool {
-	return f.report != "" || f.vm != "" || len(f.certs) > 0 || f.reportData != "" || f.at != ""
+	return f.report != "" || f.vm != "" || len(f.certs) > 0 || f.store != "" || f.reportData != "" || f.at != ""
 }
 
 // explainEvidence appraises a report, or certificates alone.
@@ -76,8 +81,11 @@ func (g *globals) explainEvidence(f evidenceFlags, asJSON bool) error {
 	if err != nil {
 		return err
 	}
-	v, err := snp.New(snp.Config{Roots: snp.AMDRoots()})
+	v, err := g.verifier()
 	if err != nil {
+		return err
+	}
+	if err := g.addStored(f.store, v, &r); err != nil {
 		return err
 	}
 	e := evidenceExplanation{At: r.At.UTC()}
@@ -94,30 +102,78 @@ func (g *globals) explainEvidence(f evidenceFlags, asJSON bool) error {
 	if err != nil || e.ExitStatus == 0 {
 		return err
 	}
-	g.hintMissing(r.Evidence.Octets, e.Claims)
+	g.hintMissing(f.report, r.Evidence.Octets, e.Claims)
 	return e.ExitStatus
 }
 
-// keyService is AMD's key service, for hints: explain asks nobody.
-const keyService = "https://kdsintf.amd.com"
-
-// hintMissing says where a certificate can be had that is missing.
-func (g *globals) hintMissing(evidence []byte, claims []attest.Claim) {
+// hintMissing says where a certificate can be had that is missing: explain asks nobody.
+func (g *globals) hintMissing(file string, evidence []byte, claims []attest.Claim) {
 	for _, c := range claims {
 		switch {
 		case c.Result != attest.Fails || c.Got != snp.NoneGiven:
 		case c.Name == "issuer":
-			for _, line := range []string{snp.Milan, snp.Genoa, snp.Turin} {
+			for _, line := range snp.Lines() {
 				if strings.Contains(c.Expected, "SEV-VLEK-"+line) {
-					g.hint("%s%s has it; give it with --certs", keyService, snp.ChainPath(line, attest.VLEK))
+					g.hint("%s%s has it; give it with --certs, or run `keybroker endorsements fetch --product %s --vlek --ca`", keyservice.AMD, snp.ChainPath(line, attest.VLEK), line)
 				}
 			}
 		case c.Name == "certificate" && len(evidence) >= snp.ReportSize:
-			if path := snp.VCEKPath(evidence[:snp.ReportSize]); path != "" {
-				g.hint("%s%s has it; give it with --certs", keyService, path)
+			keys, _ := snp.KeysOf(evidence[:snp.ReportSize])
+			switch path := snp.VCEKPath(evidence[:snp.ReportSize]); {
+			case path != "":
+				g.hint("%s%s has it; give it with --certs, or run `keybroker endorsements fetch --evidence %s`", keyservice.AMD, path, file)
+			case len(keys) > 1 && keys[0].Path() != "":
+				g.hint("version 2 does not say of which line the processor is; if it is of %s, run `keybroker endorsements fetch --evidence %s --product %s`", keys[0].Line, file, keys[0].Line)
 			}
 		}
 	}
+}
+
+// verifier trusts AMD's roots.
+func (g *globals) verifier() (*snp.Verifier, error) {
+	roots := g.roots
+	if roots == nil {
+		roots = snp.AMDRoots()
+	}
+	return snp.New(snp.Config{Roots: roots})
+}
+
+// addStored adds what the store has for a report, or for certificates that are judged alone. Nobody needs to have a store, but
+// one that is named must be there.
+func (g *globals) addStored(dir string, v *snp.Verifier, r *snp.Request) error {
+	named := dir != ""
+	store, err := g.endorsements(dir, v)
+	if err != nil {
+		return err
+	}
+	found, problems := store.Find(requestKeys(r)...)
+	for _, err := range problems {
+		absent := errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission)
+		switch {
+		case absent && named:
+			return err
+		case !absent:
+			g.warn("endorsements: not used: %v", err)
+		}
+	}
+	r.Endorsements.Certificates = append(r.Endorsements.Certificates, found.Certificates...)
+	r.Endorsements.CRLs = append(r.Endorsements.CRLs, found.CRLs...)
+	return nil
+}
+
+// requestKeys returns the keys that a request is about, as far as it can be read.
+func requestKeys(r *snp.Request) []snp.Key {
+	if len(r.Evidence.Octets) >= snp.ReportSize {
+		keys, _ := snp.KeysOf(r.Evidence.Octets[:snp.ReportSize]) // the verdict says what is wrong with it
+		return keys
+	}
+	var keys []snp.Key
+	for _, der := range r.Endorsements.Certificates {
+		if k, err := snp.KeyOf(der); err == nil {
+			keys = append(keys, k)
+		}
+	}
+	return keys
 }
 
 // asked are the parts that the command line wants judged.

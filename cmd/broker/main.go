@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"keybroker/attest/snp"
 	"keybroker/internal/config"
 )
 
@@ -34,6 +35,7 @@ type globals struct {
 	stdin    io.Reader
 	stdout   io.Writer
 	stderr   io.Writer
+	roots    []snp.Root    // that attestation reports must lead to; nil: AMD's
 	syslog   string        // the system log's socket; "" writes to none
 	began    time.Duration // when this process was started, a hypervisor.BootTime; 0: as the kernel says
 }

@@ -84,7 +84,7 @@ how the broker runs; optional (\fB--config\fP)
 who may have which key (\fB--policy\fP)
 .TP
 \fI/var/lib/keybroker\fP
-realm.json, the realm with its keyslots; state.db, what this host's broker remembers; audit, the audit log
+realm.json, the realm with its keyslots; state.db, what this host's broker remembers; audit, the audit log; endorsements, certificates for attestation reports
 .TP
 \fI/run/keybroker\fP
 sockets: keybroker.sock for services, admin.sock, hook.sock and unlock.sock

@@ -175,8 +175,8 @@ func TestDefaultPaths(t *testing.T) {
 	want := Paths{
 		ConfigFile: "/etc/keybroker/broker.toml", PolicyFile: "/etc/keybroker/policy.toml", PolicyDir: "/etc/keybroker/policy.d",
 		StateDir: "/var/lib/keybroker", Realm: "/var/lib/keybroker/realm.json", Store: "/var/lib/keybroker/state.db",
-		AuditDir: "/var/lib/keybroker/audit",
-		RunDir:   "/run/keybroker", Socket: "/run/keybroker/keybroker.sock", HookSocket: "/run/keybroker/hook.sock",
+		AuditDir: "/var/lib/keybroker/audit", Endorsements: "/var/lib/keybroker/endorsements",
+		RunDir: "/run/keybroker", Socket: "/run/keybroker/keybroker.sock", HookSocket: "/run/keybroker/hook.sock",
 		AdminSocket: "/run/keybroker/admin.sock", UnlockSocket: "/run/keybroker/unlock.sock",
 	}
 	if d := cmp.Diff(want, DefaultPaths()); d != "" {
@@ -193,7 +193,7 @@ func TestPathsUnder(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, path := range []string{p.ConfigFile, p.PolicyFile, p.PolicyDir, p.Realm, p.Store, p.AuditDir, p.RunDir, p.Socket,
+	for _, path := range []string{p.ConfigFile, p.PolicyFile, p.PolicyDir, p.Realm, p.Store, p.AuditDir, p.Endorsements, p.RunDir, p.Socket,
 		p.HookSocket, p.AdminSocket, p.UnlockSocket} {
 		if !strings.HasPrefix(path, "/x/") {
 			t.Errorf("%q is not below /x", path)

@@ -19,6 +19,8 @@ type Paths struct {
 	Store    string // state.db
 	AuditDir string // the audit log
 
+	Endorsements string // certificates and revocation lists for attestation reports
+
 	RunDir       string // sockets
 	Socket       string // keybroker.sock: keys for services
 	HookSocket   string // hook.sock: libvirt's hook announces domains
@@ -68,6 +70,7 @@ func (p Paths) state(dir string) Paths {
 	p.Realm = filepath.Join(dir, "realm.json")
 	p.Store = filepath.Join(dir, "state.db")
 	p.AuditDir = filepath.Join(dir, "audit")
+	p.Endorsements = filepath.Join(dir, "endorsements")
 	return p
 }
 
