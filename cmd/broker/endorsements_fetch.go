@@ -56,7 +56,7 @@ import it; its issuer (--vlek --ca) can be fetched.
 	c.Flags().BoolVar(&f.crl, "crl", false, "get the revocation list")
 	c.Flags().BoolVar(&f.vlek, "vlek", false, "--ca and --crl are about VLEKs (ASVK) in place of VCEKs")
 	c.Flags().StringVar(&f.url, "url", keyservice.AMD, "where the key service is, as far as /vcek: an `ADDRESS` with https, or with http")
-	c.Flags().DurationVar(&f.wait, "wait", 2*time.Minute, "how `LONG` it may wait for its turn, for each thing that it gets")
+	c.Flags().DurationVar(&f.wait, "wait", 2*time.Minute, "for how long (`DURATION`) it may wait for its turn, for each thing that it gets")
 	c.MarkFlagsMutuallyExclusive("evidence", "chip-id")
 	c.MarkFlagsMutuallyExclusive("evidence", "tcb")
 	c.MarkFlagsMutuallyExclusive("evidence", "vlek")
@@ -242,6 +242,9 @@ func (p *fetchPlan) steps(ctx context.Context, f *fetchFlags, client *keyservice
 
 // fetchStatus gives an error of the key service its exit status.
 func fetchStatus(err error) error {
+	if errors.Is(err, keyservice.ErrUnavailable) {
+		err = hintedError{err, "try again later, with a longer --wait if it asks for that; or fetch on another machine and import its files here"}
+	}
 	for cause, status := range map[error]exitStatus{
 		keyservice.ErrUnavailable: exitUnavailable, keyservice.ErrNone: exitNone, keyservice.ErrAnswer: exitRefused,
 	} {
