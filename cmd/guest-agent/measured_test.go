@@ -39,7 +39,7 @@ func mounts(t *testing.T, lines ...string) string {
 
 // Only the kernel's first root counts: another tmpfs may hold what the host gave, as systemd's credentials do.
 func TestInInitramfs(t *testing.T) {
-	f, device := fileOn(t, memoryFolder(t))
+	f, device := fileOn(t, memoryDir(t))
 	root := "1 1 " + device + " / / rw - rootfs rootfs rw,size=1k"
 	run := "29 1 " + device + " / /run rw,nosuid shared:5 - tmpfs tmpfs rw"
 	for name, c := range map[string]struct {
@@ -128,10 +128,4 @@ func TestSNPConfigOnADisk(t *testing.T) {
 	if _, err := os.Stat(state); err == nil {
 		t.Error("it began")
 	}
-}
-
-// memoryFolder is a folder on a tmpfs.
-func memoryFolder(t *testing.T) string {
-	t.Helper()
-	return filepath.Dir(keyPath(t))
 }

@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -96,7 +97,6 @@ type host struct {
 	dir    string
 
 	mu     sync.Mutex
-	failed []string // claims of the last verdict
 	served sync.WaitGroup
 }
 
@@ -111,17 +111,17 @@ func newHost(t *testing.T, b *broker, authority *snptest.Authority, policy *atte
 	h.door.Tier = inject.TierSNP
 	h.door.Offer = func(_ context.Context, subject string) (string, []string, error) { return subject, nil, nil }
 	h.door.Decide = func(ctx context.Context, c *inject.Claim) (*inject.Grant, error) {
+		h.mu.Lock() // tests change the policy
+		defer h.mu.Unlock()
 		verdict := verifier.Appraise(snp.Request{
 			Evidence: attest.Evidence{Kind: c.Kind, Octets: c.Evidence}, ReportData: c.Transcript[:], Policy: policy, At: time.Now(),
 		})
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		h.failed = nil
+		var failed []string
 		for _, f := range verdict.Failures() {
-			h.failed = append(h.failed, f.Name)
+			failed = append(failed, f.Name)
 		}
 		if !verdict.Pass() {
-			return nil, inject.Refusal{Code: inject.CodeBadEvidence, Reason: strings.Join(h.failed, ", ")}
+			return nil, inject.Refusal{Code: inject.CodeBadEvidence, Reason: strings.Join(failed, ", ")}
 		}
 		return b.decide(ctx, c)
 	}
@@ -378,12 +378,12 @@ func TestDisturbedReport(t *testing.T) {
 		return
 	}
 	_, machine := newSNPGuest(t)
-	disturb, asked := 1, 0
+	var disturb, asked atomic.Int32
+	disturb.Store(1)
 	f := firmware(machine)
 	f.Report = func(data []byte, _ int) (out, aux []byte, err error) {
-		asked++
 		entries, err := filepath.Glob(configfs + "/tsm/report/entry*/privlevel")
-		if err == nil && asked <= disturb {
+		if asked.Add(1) <= disturb.Load() && err == nil {
 			err = os.WriteFile(entries[0], []byte("0"), 0o200)
 		}
 		if err != nil {
@@ -398,13 +398,13 @@ func TestDisturbedReport(t *testing.T) {
 	if evidence, err := ask(t, p, 1); err != nil || len(evidence) != reportSize || !strings.Contains(out.String(), "asking again") {
 		t.Errorf("disturbed once: %d octets, %v; it said:\n%s", len(evidence), err, out.String())
 	}
-	disturb = 1 << 20
-	before := asked
+	disturb.Store(1 << 20)
+	before := asked.Load()
 	if _, err := ask(t, p, 1); err == nil || !strings.Contains(err.Error(), "generation") {
 		t.Errorf("disturbed always: %v", err)
 	}
-	if asked-before > 2*reportTries {
-		t.Errorf("asked %d times", asked-before)
+	if n := asked.Load() - before; n > 2*reportTries {
+		t.Errorf("asked %d times", n)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -30,9 +31,9 @@ func mounted(t *testing.T, p tsmfs.Platform) string {
 }
 
 func TestAnEntry(t *testing.T) {
-	asked := 0
+	var asked atomic.Int32
 	dir := mounted(t, tsmfs.Platform{Provider: "sev_guest", Report: func(data []byte, level int) (out, aux []byte, err error) {
-		asked++
+		asked.Add(1)
 		return append([]byte{byte(level)}, data...), bytes.Repeat([]byte("c"), 20000), nil
 	}})
 	e := filepath.Join(dir, "entry1")
@@ -59,11 +60,11 @@ func TestAnEntry(t *testing.T) {
 	if got := read("generation"); got != "2\n" {
 		t.Errorf("generation %q after two values", got)
 	}
-	if read("outblob") != "\x01first" || len(read("auxblob")) != 20000 || read("provider") != "sev_guest\n" || asked != 1 {
-		t.Errorf("outblob %q, auxblob of %d octets, asked %d times", read("outblob"), len(read("auxblob")), asked)
+	if read("outblob") != "\x01first" || len(read("auxblob")) != 20000 || read("provider") != "sev_guest\n" || asked.Load() != 1 {
+		t.Errorf("outblob %q, auxblob of %d octets, asked %d times", read("outblob"), len(read("auxblob")), asked.Load())
 	}
-	if err := write("inblob", "second"); err != nil || read("outblob") != "\x01second" || asked != 2 {
-		t.Errorf("%v, outblob %q, asked %d times", err, read("outblob"), asked)
+	if err := write("inblob", "second"); err != nil || read("outblob") != "\x01second" || asked.Load() != 2 {
+		t.Errorf("%v, outblob %q, asked %d times", err, read("outblob"), asked.Load())
 	}
 	for name, value := range map[string]string{"inblob": string(make([]byte, 65)), "privlevel": "4"} {
 		if err := write(name, value); !errors.Is(err, syscall.EINVAL) {
