@@ -7,7 +7,7 @@ func commands(g *globals) []*cobra.Command {
 	return []*cobra.Command{
 		newInitCommand(g), newServeCommand(g), newStatusCommand(g), newIdentityCommand(g), newVMCommand(g), newExplainCommand(g),
 		newPolicyCommand(g), newKeyCommand(g), newSlotCommand(g), newLockCommand(g), newUnlockCommand(g), newAuditCommand(g),
-		newMeasureCommand(g), newIDBlockCommand(g), newEndorsementsCommand(g), newDoctorCommand(g), newHookCommand(g), newManCommand(g), newVersionCommand(g),
+		newMeasureCommand(g), newIDBlockCommand(g), newEndorsementsCommand(g), newDoctorCommand(g), newHookCommand(g), newRelayCommand(g), newManCommand(g), newVersionCommand(g),
 		newKeyholderOpenCommand(g), newKeyholderServeCommand(g),
 	}
 }

@@ -6,10 +6,12 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"keybroker/attest/snp"
 	"keybroker/internal/config"
 	"keybroker/internal/daemon"
 	"keybroker/internal/policy"
@@ -17,7 +19,7 @@ import (
 )
 
 func newServeCommand(g *globals) *cobra.Command {
-	var listen []string
+	var listen, testRoots []string
 	var format, level string
 	c := &cobra.Command{
 		Use:   "serve",
@@ -43,21 +45,49 @@ With --state-dir it runs beside the system's own broker, as an ordinary user.`,
 			if err := hardenProcess(); err != nil {
 				log.Warn("this process is not fully hardened", "err", err)
 			}
+			roots, err := trustedRoots(testRoots, log)
+			if err != nil {
+				return usageError{err}
+			}
 			reload := make(chan os.Signal, 1)
 			signal.Notify(reload, unix.SIGHUP)
 			return daemon.Run(cmd.Context(), daemon.Config{
-				Settings: cfg, Paths: paths, Version: version(), Log: log, Reload: reload,
+				Settings: cfg, Paths: paths, Version: version(), Log: log, Reload: reload, Roots: roots,
 				Describe: func(s seal.Slot) string { return describe(s.Kind, s.Params) },
 				Policy:   policy.Source{File: paths.PolicyFile, Dir: paths.PolicyDir, Required: g.policy != ""},
 			})
 		},
 	}
 	c.Flags().StringArrayVar(&listen, "listen", nil, "loopback `ADDR:PORT` for services; repeat for more (default 127.0.0.1:7209 and [::1]:7209)")
+	c.Flags().StringArrayVar(&testRoots, "insecure-test-roots", nil, "`LINE=FILE`: trust this chain (PEM) for reports of Milan, Genoa or Turin, in place of AMD's; for tests alone")
 	c.Flags().StringVar(&format, "log-format", "", "text or json (default text)")
 	c.Flags().StringVar(&level, "log-level", "", "debug, info, warn or error (default info)")
 	c.RegisterFlagCompletionFunc("log-format", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
 	c.RegisterFlagCompletionFunc("log-level", cobra.FixedCompletions([]string{"debug", "info", "warn", "error"}, cobra.ShellCompDirectiveNoFileComp))
 	return c
+}
+
+// trustedRoots are AMD's, with those of tests in their place for the lines that are given: LINE=FILE. Every start says so, loudly.
+func trustedRoots(tests []string, log *slog.Logger) ([]snp.Root, error) {
+	roots := snp.AMDRoots()
+	for _, t := range tests {
+		line, file, _ := strings.Cut(t, "=")
+		chain, err := os.ReadFile(file)
+		if err != nil {
+			return nil, fmt.Errorf("--insecure-test-roots: expected LINE=FILE: %w", err)
+		}
+		root, err := snp.ParseRoot(line, chain)
+		if err != nil {
+			return nil, fmt.Errorf("--insecure-test-roots: %w", err)
+		}
+		for n := range roots {
+			if roots[n].Line == line {
+				roots[n] = root
+			}
+		}
+		log.Error("INSECURE: reports of this line may be signed by a test's chain in place of AMD's; whoever has its keys gets the keys of every VM of tier snp", "line", line, "file", file)
+	}
+	return roots, nil
 }
 
 func parseListen(addresses []string) ([]netip.AddrPort, error) {

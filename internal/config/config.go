@@ -34,8 +34,10 @@ type Config struct {
 	Slots          []string         // kinds of keyslot to try, in this order, and no others; never empty
 	PassphraseFile string           // a file whose content opens a passphrase slot; empty: somebody runs `keybroker unlock`
 	Libvirt        []string         // read-only sockets of libvirt, the first that answers is used; empty: no VMs on this host
+	AllowLocalSNP  bool             // policy may have VMs of tier snp though this host runs VMs, and so may run theirs
 
 	VM     VM
+	Relay  Relay
 	Audit  Audit
 	Admin  Admin
 	Log    Log
@@ -57,6 +59,12 @@ type Audit struct {
 // Admin is the table [admin]. Users are names or numbers as the operator wrote them.
 type Admin struct {
 	Users []string // who may change things besides root; empty: root alone
+}
+
+// Relay is the table [relay].
+type Relay struct {
+	// Listen are the addresses where relays' sessions are taken: of guests that prove themselves whose they are. None: nowhere.
+	Listen []netip.AddrPort
 }
 
 // Log is the table [log].
@@ -129,6 +137,8 @@ func Parse(name string, data []byte) (*Config, error) {
 	readTable(t, "vm", func(t *tomlfile.Table) {
 		t.Duration("boot_window", &c.VM.BootWindow, time.Second, 24*time.Hour)
 	})
+	readTable(t, "relay", c.readRelay)
+	t.Bool("allow_local_snp", &c.AllowLocalSNP)
 	readTable(t, "audit", c.readAudit)
 	readTable(t, "admin", c.readAdmin)
 	readTable(t, "log", c.readLog)
@@ -196,6 +206,22 @@ func ParseListen(s string) (netip.AddrPort, error) {
 			"services on other hosts cannot be told apart here", s)
 	}
 	return ap, nil
+}
+
+// readRelay takes any address of this host, which relays on others reach, but for "all": an operator names the networks.
+func (c *Config) readRelay(t *tomlfile.Table) {
+	var addrs []string
+	t.Strings("listen", &addrs)
+	for _, a := range addrs {
+		ap, err := netip.ParseAddrPort(a)
+		switch {
+		case err != nil || ap.Addr().IsUnspecified() || ap.Addr().IsMulticast() || ap.Port() == 0:
+			t.Errorf("listen", "expected an address of this host and a port, such as \"10.0.0.1:7210\", got %.60q", a)
+		case slices.Contains(c.Relay.Listen, ap):
+			t.Errorf("listen", "expected each address once, got %s again", ap)
+		}
+		c.Relay.Listen = append(c.Relay.Listen, ap)
+	}
 }
 
 var realmForm = regexp.MustCompile(`^[0-9a-f]{32}$`)

@@ -121,6 +121,11 @@ func TestMistakes(t *testing.T) {
 		{"[Audit]\nsync = 'always'", `broker.toml:1: unknown key "Audit"; did you mean "audit"`},
 		{"[audit]\nsink = 'always'", `broker.toml:2: unknown key "sink" in [audit]; did you mean "sync"`},
 		{"passphrase = 'x'", `broker.toml:1: unknown key "passphrase"`},
+		{"[relay]\nlisten = ['0.0.0.0:7210']", `broker.toml:2: "listen" in [relay]: expected an address of this host and a port`},
+		{"[relay]\nlisten = ['10.0.0.1:0']", `expected an address of this host and a port`},
+		{"[relay]\nlisten = ['broker.example:7210']", `expected an address of this host and a port`},
+		{"[relay]\nlisten = ['10.0.0.1:1', '10.0.0.1:1']", `expected each address once, got 10.0.0.1:1 again`},
+		{"allow_local_snp = 1", `"allow_local_snp": expected true or false`},
 	} {
 		got, err := Parse("broker.toml", []byte(c.text))
 		if err == nil || !strings.Contains(err.Error(), c.want) || got != nil {

@@ -307,6 +307,7 @@ func (b *Broker) vmStatus() []VMStatus {
 	for _, x := range b.guests.list() {
 		all = append(all, x.status())
 	}
+	all = append(all, b.attesting.list()...)
 	all = append(all, b.deniedOff(all)...)
 	slices.SortFunc(all, func(a, b VMStatus) int {
 		return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.UUID, b.UUID))

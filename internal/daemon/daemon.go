@@ -17,6 +17,8 @@ import (
 
 	"github.com/coreos/go-systemd/v22/daemon"
 
+	"keybroker/attest/snp"
+	"keybroker/attest/snp/endorsements"
 	"keybroker/hypervisor"
 	"keybroker/hypervisor/libvirt"
 	"keybroker/inject"
@@ -43,6 +45,8 @@ type Config struct {
 	Describe func(seal.Slot) string
 	// Reload tells to read the policy anew; SIGHUP, usually.
 	Reload <-chan os.Signal
+	// Roots are those that evidence of tier snp may lead to: AMD's, but in tests.
+	Roots []snp.Root
 }
 
 // Broker is one running broker.
@@ -71,6 +75,7 @@ type Broker struct {
 	hv         hypervisorState
 	metrics    *metrics
 	services   *services
+	attesting  *attesting
 	dial       func(ctx context.Context, cid, port uint32) (net.Conn, error)
 	live       func(ctx context.Context, uuid string) (hypervisor.Domain, error)       // libvirt.Live
 	defined    func(ctx context.Context, nameOrUUID string) (hypervisor.Domain, error) // libvirt.Defined
@@ -115,6 +120,11 @@ func open(c Config, from passed) (*Broker, *listeners, error) {
 	if err := makeStateDir(c.Paths); err != nil {
 		return nil, nil, err
 	}
+	if len(c.Settings.Relay.Listen) > 0 {
+		if err := endorsements.Make(c.Paths.Endorsements); err != nil {
+			return nil, nil, err
+		}
+	}
 	b.slots.slots = b.file.Slots()
 	for _, w := range c.Settings.Warnings() {
 		c.Log.Warn(w, "file", c.Settings.File)
@@ -125,7 +135,7 @@ func open(c Config, from passed) (*Broker, *listeners, error) {
 	if b.store, err = store.Open(c.Paths.Store); err != nil {
 		return nil, nil, err
 	}
-	l, err := listen(c.Settings.Listen, c.Paths, from, c.Log)
+	l, err := listen(c.Settings, c.Paths, from, c.Log)
 	if err != nil {
 		b.store.Close()
 		return nil, nil, err
@@ -157,6 +167,9 @@ func open(c Config, from passed) (*Broker, *listeners, error) {
 	}
 	if err := b.services.conns.callers.CheckTCP(); err != nil {
 		c.Log.Warn("services on TCP will be refused; the Unix socket works", "err", err)
+	}
+	if b.attesting, err = newAttesting(b, c.Roots); err != nil {
+		return nil, nil, err
 	}
 	if b.libvirt, err = libvirt.New(libvirt.Config{Sockets: c.Settings.Libvirt}); err != nil {
 		return nil, nil, err
@@ -231,6 +244,13 @@ func (b *Broker) serve(ctx context.Context, l *listeners, from passed, reload <-
 			fail(err)
 		}
 	})
+	for _, x := range l.relay {
+		parts.Go(func() {
+			if err := b.attesting.serve(ctx, x); err != nil {
+				fail(fmt.Errorf("serving relays on %s: %w", x.Addr(), err))
+			}
+		})
+	}
 	parts.Go(func() { b.watchHypervisor(ctx) })
 	parts.Go(func() { b.reloadOn(ctx, reload) })
 	parts.Go(func() { b.wakeOnSpace(ctx, unrecorded) })

@@ -23,6 +23,7 @@ import (
 
 	"github.com/go-json-experiment/json"
 
+	"keybroker/attest/snp"
 	"keybroker/derive"
 	"keybroker/hypervisor"
 	"keybroker/inject"
@@ -89,6 +90,7 @@ func startBroker(t testing.TB, changes ...func(*Broker)) (broker *Broker, tcp, u
 	broker, l, err := open(Config{
 		Settings: settings, Paths: paths, Policy: policy.Source{File: paths.PolicyFile, Required: true}, Version: "test",
 		Log: slog.New(slog.DiscardHandler), Describe: func(seal.Slot) string { return "" },
+		Roots: snp.AMDRoots(),
 	}, nil)
 	if err != nil {
 		t.Fatal(err)

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -63,6 +64,7 @@ func takePassed() passed {
 // listeners are the broker's doors.
 type listeners struct {
 	unix, tcp []net.Listener // tier 1
+	relay     []net.Listener // tier snp
 	hook      net.Listener
 	admin     net.Listener
 	unlock    *os.File // the opener accepts on it, the broker never does
@@ -70,7 +72,7 @@ type listeners struct {
 }
 
 func (l *listeners) all() []net.Listener {
-	all := append(append([]net.Listener{}, l.unix...), l.tcp...)
+	all := slices.Concat(l.unix, l.tcp, l.relay)
 	for _, x := range []net.Listener{l.hook, l.admin} {
 		if x != nil {
 			all = append(all, x)
@@ -106,9 +108,9 @@ func (l *listeners) addresses() []string {
 }
 
 // listen takes systemd's sockets where there are some, and makes the others itself.
-func listen(addresses []netip.AddrPort, paths config.Paths, from passed, log *slog.Logger) (*listeners, error) {
+func listen(c *config.Config, paths config.Paths, from passed, log *slog.Logger) (*listeners, error) {
 	l := &listeners{}
-	if err := l.open(addresses, paths, from, log); err != nil {
+	if err := errors.Join(l.open(c.Listen, paths, from, log), l.listenRelay(c.Relay.Listen, log)); err != nil {
 		l.close()
 		return nil, err
 	}
@@ -168,6 +170,18 @@ func (l *listeners) listenTCP(addresses []netip.AddrPort, log *slog.Logger) erro
 			return fmt.Errorf("listening on %s (is another broker running? --listen chooses another port): %w", a, err)
 		}
 		l.tcp = append(l.tcp, x)
+	}
+	return nil
+}
+
+func (l *listeners) listenRelay(addresses []netip.AddrPort, log *slog.Logger) error {
+	for _, a := range addresses {
+		x, err := net.Listen("tcp", a.String())
+		if err != nil {
+			return fmt.Errorf("listening for relays on %s ([relay] listen in broker.toml): %w", a, err)
+		}
+		l.relay = append(l.relay, x)
+		log.Info("listening for relays", "address", a)
 	}
 	return nil
 }

@@ -31,6 +31,8 @@ func (b *Broker) oneVM(uuid string) (v VMStatus, err error) {
 	}
 	if x := b.guests.get(uuid); x != nil {
 		v = x.status()
+	} else if attested, ok := b.attesting.get(uuid); ok {
+		v = attested
 	} else {
 		r, err := b.vm(uuid)
 		if err != nil {

@@ -2,9 +2,11 @@ package daemon
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"time"
 
+	"keybroker/derive"
 	"keybroker/internal/audit"
 	"keybroker/internal/policy"
 )
@@ -20,12 +22,28 @@ func (b *Broker) policy() *policy.Policy { return b.rules.Load().Policy }
 
 // loadPolicy reads the policy for the first time; a wrong one keeps the broker from starting.
 func (b *Broker) loadPolicy() error {
-	p, err := policy.Load(b.source)
+	p, err := b.readPolicy()
 	if err != nil {
 		return err
 	}
 	b.rules.Store(&loadedPolicy{Policy: p, at: time.Now()})
 	return nil
+}
+
+// readPolicy reads the policy, and refuses one whose promise this host would break: tier snp is to protect VMs from the host that
+// runs them, and on a broker's own host the host has their keys.
+func (b *Broker) readPolicy() (*policy.Policy, error) {
+	p, err := policy.Load(b.source)
+	if err != nil || len(b.cfg.Libvirt) == 0 || b.cfg.AllowLocalSNP {
+		return p, err
+	}
+	for _, v := range p.VMs() {
+		if v.Tier == derive.TierSNP {
+			return nil, fmt.Errorf("%s: a VM of tier %s, on a broker whose host runs VMs: its keys would be on the host that it is to be protected from. "+
+				"Run the broker elsewhere and `keybroker relay` here; or set libvirt = [] in broker.toml if this host runs no VMs; allow_local_snp = true accepts it", v.Rule, derive.TierSNP)
+		}
+	}
+	return p, nil
 }
 
 func (b *Broker) reloadOn(ctx context.Context, signals <-chan os.Signal) {
@@ -43,7 +61,7 @@ func (b *Broker) reloadOn(ctx context.Context, signals <-chan os.Signal) {
 // is wrong, or whose coming into force cannot be recorded, changes nothing.
 func (b *Broker) reload() {
 	old := b.rules.Load()
-	p, err := policy.Load(b.source)
+	p, err := b.readPolicy()
 	if err == nil {
 		_, err = b.audit.Append(audit.Record{Event: audit.EventPolicy, Reason: p.Digest(), Policy: p.Digest()}, audit.Durable)
 	}

@@ -73,7 +73,7 @@ func (x *guest) decision(ctx context.Context, c *inject.Claim) (g *inject.Grant,
 	if rule, err := x.still(c, entry, grants); err != nil {
 		return nil, rule, err
 	}
-	g, err = derived(ctx, holder, entry, grants)
+	g, err = derived(ctx, holder, inject.TierVM, entry, grants)
 	if err == nil {
 		x.released(c, entry.Subject, grants)
 	}
@@ -258,10 +258,15 @@ func (x *guest) record(c *inject.Claim, p *policy.Policy, entry *policy.VM, rule
 
 // auditRecord fills in what every record about a claim of this guest says.
 func (x *guest) auditRecord(c *inject.Claim) audit.Record {
-	r := audit.Record{
-		Subject: x.domain.UUID, Peer: fmt.Sprintf("cid %d", x.domain.CID), Tier: c.Tier, Kind: c.Kind,
-		Instance: x.boot().String(), Policy: x.b.policy().Digest(),
-	}
+	r := claimRecord(c)
+	r.Subject, r.Peer = x.domain.UUID, fmt.Sprintf("cid %d", x.domain.CID)
+	r.Instance, r.Policy = x.boot().String(), x.b.policy().Digest()
+	return r
+}
+
+// claimRecord is what a claim itself says.
+func claimRecord(c *inject.Claim) audit.Record {
+	r := audit.Record{Tier: c.Tier, Kind: c.Kind}
 	for _, w := range c.Want {
 		r.Names, r.Epochs = append(r.Names, w.Name), append(r.Epochs, w.Epoch)
 	}
@@ -273,10 +278,10 @@ func (x *guest) auditRecord(c *inject.Claim) audit.Record {
 }
 
 // derived asks the keyholder for the keys, in the order of the claim.
-func derived(ctx context.Context, h *derive.Holder, entry *policy.VM, grants []granted) (*inject.Grant, error) {
+func derived(ctx context.Context, h *derive.Holder, tier string, entry *policy.VM, grants []granted) (*inject.Grant, error) {
 	g := &inject.Grant{}
 	for _, one := range grants {
-		id := derive.VMKeyID{Tier: inject.TierVM, Subject: entry.Subject, Name: one.key.Name, Epoch: one.epoch, Length: one.key.Length}
+		id := derive.VMKeyID{Tier: tier, Subject: entry.Subject, Name: one.key.Name, Epoch: one.epoch, Length: one.key.Length}
 		k, err := h.VMKey(ctx, one.generation, id)
 		if err != nil {
 			return nil, fmt.Errorf("deriving %q: %w", one.key.Name, err)

@@ -1,0 +1,526 @@
+package daemon
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"runtime"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"keybroker/attest"
+	"keybroker/attest/snp"
+	"keybroker/attest/snp/endorsements"
+	"keybroker/inject"
+	"keybroker/internal/audit"
+	"keybroker/internal/policy"
+	"keybroker/internal/store"
+)
+
+const (
+	// bucketReports: subject -> reportsRecord
+	bucketReports = "reports"
+	// reportsKept is how many boots of a subject are remembered.
+	reportsKept = 64
+
+	// Sessions that relays bring, in all and from one address.
+	maxAttested     = 4096
+	maxAttestedEach = 1024
+	// One session may ask so often, after so many at once. A verdict costs a millisecond.
+	attestedEvery = time.Second
+	attestedBurst = 5
+	// keepTime is how long it may take to store certificates.
+	keepTime = 10 * time.Second
+)
+
+// attesting serves tier snp: guests that prove with each request whose they are, whatever brings their connection.
+type attesting struct {
+	b        *Broker
+	verifier *snp.Verifier
+	stored   *endorsements.Store
+	working  chan struct{} // as many as appraise at once: a flood of bad evidence leaves a processor for others
+	storing  sync.Mutex
+
+	mu    sync.Mutex
+	open  map[string]int // sessions by address
+	all   int
+	shown map[string]VMStatus // by subject, of those that policy has an entry for
+}
+
+func newAttesting(b *Broker, roots []snp.Root) (*attesting, error) {
+	v, err := snp.New(snp.Config{Roots: roots})
+	if err != nil {
+		return nil, err
+	}
+	e, err := endorsements.New(endorsements.Config{Dir: b.paths.Endorsements, Verifier: v})
+	if err != nil {
+		return nil, err
+	}
+	return &attesting{
+		b: b, verifier: v, stored: e, working: make(chan struct{}, max(1, runtime.NumCPU()-1)), open: map[string]int{}, shown: map[string]VMStatus{},
+	}, nil
+}
+
+// serve takes relays' sessions until ctx ends, and returns when they have.
+func (a *attesting) serve(ctx context.Context, l net.Listener) error {
+	stop := context.AfterFunc(ctx, func() { l.Close() })
+	defer stop()
+	var sessions sync.WaitGroup
+	defer sessions.Wait()
+	for {
+		c, err := l.Accept()
+		switch {
+		case err == nil:
+			sessions.Go(func() { a.session(ctx, c) })
+		case ctx.Err() != nil:
+			return nil
+		case isShortage(err):
+			a.b.log.Warn("accepting a relay's connection", "err", err)
+			time.Sleep(acceptPause)
+		default:
+			return err
+		}
+	}
+}
+
+func (a *attesting) session(ctx context.Context, c net.Conn) {
+	defer c.Close()
+	address := hostOf(c.RemoteAddr())
+	if err := a.admit(address); err != nil {
+		a.b.log.Warn("refused a relay's connection", "peer", address, "err", err)
+		return
+	}
+	defer a.leave(address)
+	issuer, err := a.b.issuer()
+	if err != nil {
+		return // while the realm is not open nobody is served; the guest asks again
+	}
+	s := &attestedSession{a: a, peer: address, asks: rate.NewLimiter(rate.Every(attestedEvery), attestedBurst)}
+	a.b.metrics.sessions.Inc()
+	defer a.b.metrics.sessions.Dec()
+	if err := issuer.Serve(ctx, c, s.door()); err != nil {
+		a.b.log.Warn("serving a guest", "peer", address, "err", err)
+	}
+}
+
+func hostOf(a net.Addr) string {
+	host, _, err := net.SplitHostPort(a.String())
+	if err != nil {
+		return a.String()
+	}
+	return host
+}
+
+func (a *attesting) admit(address string) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	switch {
+	case a.all >= maxAttested:
+		return fmt.Errorf("there are %d sessions already", a.all)
+	case a.open[address] >= maxAttestedEach:
+		return fmt.Errorf("this address has %d sessions already", a.open[address])
+	}
+	a.open[address]++
+	a.all++
+	return nil
+}
+
+func (a *attesting) leave(address string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.all--
+	if a.open[address]--; a.open[address] == 0 {
+		delete(a.open, address)
+	}
+}
+
+// attestedSession is one guest's connection.
+type attestedSession struct {
+	a        *attesting
+	peer     string // what brought the connection; it says nothing about the guest
+	asks     *rate.Limiter
+	handed   handedOut
+	instance string // of the last release
+}
+
+func (s *attestedSession) door() inject.Door {
+	return inject.Door{
+		Tier: inject.TierSNP,
+		Offer: func(_ context.Context, subject string) (string, []string, error) {
+			return subject, nil, s.named(subject)
+		},
+		Decide:  s.decide,
+		Acked:   s.acked,
+		Refused: func(_ context.Context, c *inject.Claim, r inject.Refusal) { s.refuse(c, nil, "", r) },
+	}
+}
+
+// named holds that the guest says who it is. It is not told what policy has for it before it has proved that.
+func (s *attestedSession) named(subject string) error {
+	if subject == "" {
+		return refusal(inject.CodeMalformed, "challenge: in tier %s the guest names its subject", inject.TierSNP)
+	}
+	return nil
+}
+
+// decide checks, records and grants, in the order of docs/protocol.md; the first failure ends it, and is recorded too.
+func (s *attestedSession) decide(ctx context.Context, c *inject.Claim) (*inject.Grant, error) {
+	d := &attestedDecision{s: s, c: c}
+	g, err := d.run(ctx)
+	if err == nil {
+		return g, nil
+	}
+	r := s.refuse(c, d.verdict, d.rule, inject.AsRefusal(err))
+	if !d.identified() {
+		r = inject.Refusal{Code: r.Code}
+	}
+	return nil, r
+}
+
+// attestedDecision is one decision under way.
+type attestedDecision struct {
+	s       *attestedSession
+	c       *inject.Claim
+	rule    string
+	verdict *attest.Verdict
+}
+
+func (d *attestedDecision) run(ctx context.Context) (*inject.Grant, error) {
+	b, c := d.s.a.b, d.c
+	if !d.s.asks.Allow() {
+		return nil, refusal(inject.CodeBusy, "this guest asks too often")
+	}
+	if c.Kind != inject.KindSNP {
+		return nil, refusal(inject.CodeWrongKind, "tier %s takes evidence of kind %s, got kind %q", inject.TierSNP, inject.KindSNP, c.Kind)
+	}
+	p := b.policy()
+	entry, err := d.entry(p)
+	if err != nil {
+		return nil, err
+	}
+	holder, err := b.realm.current()
+	if err != nil {
+		return nil, err
+	}
+	if err := d.appraise(ctx, entry); err != nil {
+		return nil, err
+	}
+	grants, err := d.take(entry)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.record(p, entry, grants); err != nil {
+		return nil, err
+	}
+	if err := d.still(entry); err != nil {
+		return nil, err
+	}
+	g, err := derived(ctx, holder, inject.TierSNP, entry, grants)
+	if err == nil {
+		d.released(entry, grants)
+	}
+	return g, err
+}
+
+// identified says whether a processor has vouched for who asks, in this session: to anybody else goes the bare code.
+func (d *attestedDecision) identified() bool {
+	return d.verdict != nil && d.verdict.All(append(attest.Genuine(), attest.Binding))
+}
+
+// entry finds the policy's entry for the subject that the guest claims to be.
+func (d *attestedDecision) entry(p *policy.Policy) (*policy.VM, error) {
+	b := d.s.a.b
+	entry, decision := p.VM(policy.VMClaims{UUID: d.c.Subject, Tier: inject.TierSNP, Host: b.host})
+	if d.rule = decision.Rule; !decision.Allow {
+		return nil, decisionRefusal(decision)
+	}
+	r, err := b.vm(entry.UUID)
+	if err != nil {
+		return nil, err
+	}
+	if r.Denied {
+		return nil, inject.Refusal{Code: inject.CodeDenied, Reason: "an administrator denied this VM", Next: "`keybroker vm allow " + entry.UUID + "` ends that"}
+	}
+	return entry, nil
+}
+
+// appraise verifies the evidence whole. A genuine guest is told which claims fail, and not what was expected.
+func (d *attestedDecision) appraise(ctx context.Context, entry *policy.VM) error {
+	a := d.s.a
+	select {
+	case a.working <- struct{}{}:
+		defer func() { <-a.working }()
+	case <-ctx.Done():
+		return refusal(inject.CodeBusy, "too much evidence waits to be appraised")
+	}
+	evidence := attest.Evidence{Kind: d.c.Kind, Octets: d.c.Evidence}
+	d.verdict = a.verifier.Appraise(snp.Request{
+		Evidence: evidence, Endorsements: a.endorsed(evidence), ReportData: d.c.Transcript[:], Policy: entry.SNP, At: time.Now(),
+	})
+	if d.verdict.All(attest.Genuine()) {
+		go a.keep(context.WithoutCancel(ctx), evidence)
+	}
+	if d.verdict.Pass() {
+		return nil
+	}
+	return inject.Refusal{Code: inject.CodeBadEvidence, Reason: "the evidence is refused: " + strings.Join(failed(d.verdict, 8), ", "), Rule: d.rule,
+		Next: "`keybroker audit query --code " + string(inject.CodeBadEvidence) + "` on the broker's host says what was expected and what came"}
+}
+
+// endorsed returns what is stored for a report. Nothing here waits for a network.
+func (a *attesting) endorsed(ev attest.Evidence) attest.Endorsements {
+	keys, err := snp.KeysOf(ev.Octets[:min(len(ev.Octets), snp.ReportSize)])
+	if err != nil {
+		return attest.Endorsements{} // the verdict says why
+	}
+	found, problems := a.stored.Find(keys...)
+	for _, err := range problems {
+		if !errors.Is(err, fs.ErrNotExist) {
+			a.b.log.Warn("a stored endorsement is not used", "err", err)
+		}
+	}
+	return found
+}
+
+// keep stores the certificates that came with genuine evidence: the guest's next boot may come without. It is no part of a release,
+// and one at a time is enough.
+func (a *attesting) keep(ctx context.Context, ev attest.Evidence) {
+	if !a.storing.TryLock() {
+		return
+	}
+	defer a.storing.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, keepTime)
+	defer cancel()
+	if _, err := a.stored.PutEvidence(ctx, ev); err != nil {
+		a.b.log.Warn("storing the certificates that came with a report", "err", err)
+	}
+}
+
+// failed names the claims that keep a verdict from passing, the first of them.
+func failed(v *attest.Verdict, most int) (names []string) {
+	for _, c := range v.Claims() {
+		if c.Result != attest.Holds {
+			names = append(names, c.Name)
+		}
+	}
+	if len(names) > most {
+		names = append(names[:most], fmt.Sprintf("and %d more", len(names)-most))
+	}
+	return names
+}
+
+// reportsRecord is which receiver each of a subject's latest boots has, by REPORT_ID.
+type reportsRecord struct {
+	Boots []reportBoot `json:"boots"`
+}
+
+type reportBoot struct {
+	ReportID string    `json:"report_id"` // hexadecimal
+	Receiver string    `json:"receiver"`  // SHA-256 of its public key, hexadecimal
+	Since    time.Time `json:"since"`
+}
+
+// bind gives the running guest that made the evidence its first receiver, for good.
+func (r *reportsRecord) bind(reportID, receiver string, now time.Time) (changed bool, err error) {
+	for _, b := range r.Boots {
+		if b.ReportID != reportID {
+			continue
+		}
+		if b.Receiver != receiver {
+			return false, inject.Refusal{Code: inject.CodeReceiverTaken, Reason: "another receiver of this boot has the keys", Next: "reboot the VM"}
+		}
+		return false, nil
+	}
+	r.Boots = append(r.Boots, reportBoot{reportID, receiver, now})
+	r.Boots = r.Boots[max(0, len(r.Boots)-reportsKept):]
+	return true, nil
+}
+
+// take binds the receiver and settles every key and epoch, in one transaction: all of it or nothing.
+func (d *attestedDecision) take(entry *policy.VM) (grants []granted, err error) {
+	if len(d.verdict.Instance) == 0 {
+		return nil, errors.New("a verdict that passes names no instance")
+	}
+	d.s.instance = hex.EncodeToString(d.verdict.Instance)
+	receiver, now := hex.EncodeToString(d.c.Receiver[:]), time.Now().UTC()
+	_, err = d.s.a.b.changeVM(entry.UUID, func(tx store.Tx, r *vmRecord) (bool, error) {
+		grants = nil
+		var boots reportsRecord
+		if _, err := get(tx, bucketReports, entry.UUID, &boots); err != nil {
+			return false, err
+		}
+		fresh, err := boots.bind(d.s.instance, receiver, now)
+		if err != nil {
+			return false, err
+		}
+		for _, w := range d.c.Want {
+			one, err := grantOf(tx, entry, w)
+			if err != nil {
+				return false, err
+			}
+			grants = append(grants, one)
+		}
+		if r.Name, r.LastRelease = entry.Name, now; fresh {
+			r.Releases = 0
+		}
+		r.Releases++
+		return true, put(tx, bucketReports, entry.UUID, &boots)
+	})
+	return grants, err
+}
+
+func (d *attestedDecision) record(p *policy.Policy, entry *policy.VM, grants []granted) error {
+	r := d.s.auditRecord(d.c)
+	r.Event, r.Decision, r.Rule, r.Policy = audit.EventRelease, audit.Granted, d.rule, p.Digest()
+	if entry.Subject != entry.UUID {
+		r.Reason = "keys of subject " + entry.Subject
+	}
+	for n, g := range grants {
+		r.Epochs[n] = g.epoch
+	}
+	if _, err := d.s.a.b.audit.Append(r, audit.Durable); err != nil {
+		return inject.Refusal{Code: inject.CodeAudit, Reason: "no audit record can be written, so no key is released", Cause: err}
+	}
+	return nil
+}
+
+// still holds what was granted to what is in force when the record is on disk.
+func (d *attestedDecision) still(entry *policy.VM) error {
+	now, err := d.entry(d.s.a.b.policy())
+	if err != nil {
+		return err
+	}
+	if now != entry {
+		return inject.Refusal{Code: inject.CodeKeyNotAllowed, Reason: "the policy has changed meanwhile", Next: "the guest may ask again"}
+	}
+	return nil
+}
+
+func (d *attestedDecision) released(entry *policy.VM, grants []granted) {
+	s := d.s
+	s.handed = handedOut{d.c, entry.Subject, grants}
+	s.a.show(entry, VMReleased, wantedNames(d.c), nil)
+	s.a.b.metrics.released(inject.TierSNP)
+	s.a.b.log.Info("released", "vm", entry.UUID, "name", entry.Name, "tier", inject.TierSNP, "keys", wantedNames(d.c), "report_id", s.instance, "peer", s.peer)
+}
+
+// auditRecord fills in what every record about a claim of this session says.
+func (s *attestedSession) auditRecord(c *inject.Claim) audit.Record {
+	r := claimRecord(c)
+	r.Subject, r.Peer, r.Policy = c.Subject, "relay "+s.peer, s.a.b.policy().Digest()
+	if s.instance != "" {
+		r.Instance = "report " + s.instance
+	}
+	return r
+}
+
+// acked takes the receiver's word on what became of its keys.
+func (s *attestedSession) acked(_ context.Context, c *inject.Claim, outcomes []inject.Outcome) error {
+	if s.handed.claim != c {
+		return refusal(inject.CodeMalformed, "not of this session's last release")
+	}
+	good, sinks := judge(c, outcomes)
+	b := s.a.b
+	_, err := b.changeVM(c.Subject, func(tx store.Tx, r *vmRecord) (bool, error) {
+		r.Sinks = sinks
+		return true, s.handed.settle(tx, outcomes)
+	})
+	if err != nil {
+		return err
+	}
+	record := s.auditRecord(c)
+	record.Event, record.Reason = audit.EventAck, fmt.Sprint(sinks)
+	if _, err := b.audit.Append(record, audit.Written); err != nil {
+		b.log.Error("writing the audit", "err", err)
+	}
+	b.log.Info("acknowledged", "vm", c.Subject, "tier", inject.TierSNP, "sinks", sinks, "complete", good)
+	return nil
+}
+
+// refuse records a refusal and returns what the guest is told. Anybody can claim to be any subject: status shows those alone that
+// policy knows, and refusals of all others that one address brings are folded into one record.
+func (s *attestedSession) refuse(c *inject.Claim, v *attest.Verdict, rule string, r inject.Refusal) inject.Refusal {
+	peer := s.peer
+	if entries := s.a.b.policy().Find(c.Subject); c.Subject != "" && len(entries) == 1 && entries[0].Tier == inject.TierSNP {
+		s.a.show(entries[0], VMRefused, wantedNames(c), &r)
+		peer += " " + c.Subject
+	}
+	record := s.auditRecord(c)
+	record.Event, record.Decision, record.Code, record.Rule, record.Reason = audit.EventRefusal, audit.Refused, string(r.Code), rule, r.Reason
+	if v != nil && r.Code == inject.CodeBadEvidence {
+		record.Reason = told(v)
+		peer += " " + strings.Join(failed(v, 8), " ") // what fails for another reason has a record of its own
+	}
+	s.a.b.refused(inject.TierSNP, peer, record, r.Cause)
+	return r
+}
+
+// told says of the claims that fail what was expected and what came.
+func told(v *attest.Verdict) string {
+	var all []string
+	for _, c := range v.Failures() {
+		all = append(all, fmt.Sprintf("%s: expected %s, got %s", c.Name, c.Expected, c.Got))
+	}
+	if len(all) == 0 {
+		return "unchecked: " + strings.Join(failed(v, 8), ", ")
+	}
+	return strings.Join(all, "; ")
+}
+
+// show remembers what became of a subject's last request. That an intruder was refused does not hide that the VM has its keys.
+func (a *attesting) show(entry *policy.VM, state string, keys []string, r *inject.Refusal) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	v, known := a.shown[entry.UUID]
+	if !known || v.State != VMReleased || state == VMReleased {
+		v.State, v.Changed = state, time.Now()
+	}
+	v.UUID, v.Name, v.Tier, v.Keys, v.Code, v.Why = entry.UUID, entry.Name, inject.TierSNP, keys, "", ""
+	if r != nil {
+		v.Code, v.Why = string(r.Code), r.Reason
+	}
+	a.shown[entry.UUID] = v
+}
+
+// list is what status shows of tier snp: the subjects that asked since the broker's start and that policy still has.
+func (a *attesting) list() (all []VMStatus) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	p := a.b.policy()
+	for uuid, v := range a.shown {
+		if entries := p.Find(uuid); len(entries) != 1 || entries[0].Tier != inject.TierSNP {
+			delete(a.shown, uuid)
+			continue
+		}
+		all = append(all, a.withRecord(v))
+	}
+	return all
+}
+
+func (a *attesting) get(uuid string) (v VMStatus, ok bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	v, ok = a.shown[uuid]
+	return a.withRecord(v), ok
+}
+
+// withRecord adds what the store knows of a subject.
+func (a *attesting) withRecord(v VMStatus) VMStatus {
+	v.Sinks = []string{}
+	r, err := a.b.vm(v.UUID)
+	if err != nil {
+		v.Why = "its state cannot be read: " + err.Error()
+		return v
+	}
+	v.Ticket, v.Releases, v.LastRelease, v.Denied = r.Ticket.String(), r.Releases, r.LastRelease, r.Denied
+	if v.State == VMReleased {
+		v.Sinks = append(v.Sinks, r.Sinks...)
+	}
+	return v
+}
