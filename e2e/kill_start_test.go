@@ -56,7 +56,7 @@ func TestKillStart(t *testing.T) {
 
 	missed := 0
 	var at []string
-	for _, n := range chosen(t, len(points), 5) {
+	for _, n := range chosen(t, len(points), 3) {
 		began := time.Now()
 		tr := g.startKilled(n)
 		g.marked("not-killed")

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -160,6 +161,7 @@ func (vm *hostVM) runTests(ctx context.Context, kvm bool) (int, error) {
 		return exitFailed, err
 	}
 	s := &suite{repeat: !kvm, out: vm.progress, left: strings.Fields(string(list)), begun: map[string]int{}}
+	slices.Reverse(s.left) // most of the long ones are the last in the list, and no host VM should end long after the others
 	total, n := len(s.left), hosts(len(s.left))
 	s.title = sync.OnceFunc(func() {
 		phase(vm.progress, 4, vm.phases, "tests", fmt.Sprintf("%d, end to end, in %d host VMs", total, n))
