@@ -1,10 +1,13 @@
 package snptest
 
 import (
+	"crypto/ecdsa"
 	"crypto/rand"
+	"crypto/x509"
 	"encoding/binary"
 	"fmt"
 
+	"github.com/go-json-experiment/json"
 	"github.com/google/go-sev-guest/abi"
 
 	"keybroker/attest"
@@ -19,9 +22,10 @@ type Guest struct {
 	ImageID     [16]byte
 	ReportID    [32]byte // of this launch; random
 	ChipID      [64]byte
-	Policy      uint64 // SNP ABI, section 4.3; 0x30000: SMT is allowed, nothing else
-	VMPL        uint32 // of reports that name none
-	TCB         attest.TCB
+	Policy      uint64     // SNP ABI, section 4.3; 0x30000: SMT is allowed, nothing else
+	VMPL        uint32     // of reports that name none
+	CPU         [3]byte    // family, model and stepping, as CPUID has them
+	TCB         attest.TCB // Certify follows a change
 
 	authority *Authority
 	key       *Key
@@ -32,14 +36,52 @@ func (a *Authority) NewGuest(subject string) (*Guest, error) {
 	if a.Line != snp.Genoa {
 		return nil, fmt.Errorf("making a guest: expected an authority of %s, got %s", snp.Genoa, a.Line)
 	}
-	g := &Guest{authority: a, Policy: 0x30000, TCB: attest.TCB{Bootloader: 10, SNP: 27, Microcode: 27}}
+	g := &Guest{authority: a, Policy: 0x30000, CPU: [3]byte{0x19, 0x11, 1}, TCB: attest.TCB{Bootloader: 10, SNP: 27, Microcode: 27}}
 	copy(g.HostData[:], attest.HostData(subject))
 	for _, random := range [][]byte{g.Measurement[:], g.ReportID[:], g.ChipID[:]} {
 		rand.Read(random)
 	}
-	var err error
-	g.key, err = a.Issue(Template{Kind: attest.VCEK, TCB: g.TCB, HWID: g.ChipID[:]})
-	return g, err
+	return g, g.Certify()
+}
+
+// Certify gives the processor the key, and its certificate, that belong to its TCB and its chip id as they are now.
+func (g *Guest) Certify() (err error) {
+	g.key, err = g.authority.Issue(Template{Kind: attest.VCEK, TCB: g.TCB, HWID: g.ChipID[:]})
+	return err
+}
+
+// carried is a guest with what its reports need of the authority.
+type carried struct {
+	Guest               *Guest
+	Key, VCEK, ASK, ARK []byte // DER
+}
+
+// Encode returns the guest, with the key that signs its reports, for ParseGuest on another machine.
+func (g *Guest) Encode() ([]byte, error) {
+	key, err := x509.MarshalPKCS8PrivateKey(g.key.key)
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(carried{g, key, g.key.DER, g.authority.ASK.Raw, g.authority.ARK.Raw})
+}
+
+// ParseGuest reads what Encode returned. The guest makes reports, and cannot be certified anew.
+func ParseGuest(b []byte) (*Guest, error) {
+	var c carried
+	if err := json.Unmarshal(b, &c, json.RejectUnknownMembers(true)); err != nil {
+		return nil, fmt.Errorf("reading a guest: %w", err)
+	}
+	key, err := x509.ParsePKCS8PrivateKey(c.Key)
+	signer, ok := key.(*ecdsa.PrivateKey)
+	if err != nil || !ok || c.Guest == nil {
+		return nil, fmt.Errorf("reading a guest: expected it and an ECDSA key: %v", err)
+	}
+	a := &Authority{Line: snp.Genoa}
+	if a.ASK, err = x509.ParseCertificate(c.ASK); err == nil {
+		a.ARK, err = x509.ParseCertificate(c.ARK)
+	}
+	c.Guest.authority, c.Guest.key = a, &Key{DER: c.VCEK, key: signer}
+	return c.Guest, err
 }
 
 // Report makes a report with this REPORT_DATA (SNP ABI, section 7.3).
@@ -61,7 +103,7 @@ func (g *Guest) Report(data [snp.ReportDataSize]byte) ([]byte, error) {
 	for _, at := range []int{0x38, 0x180, 0x1e0, 0x1f0} { // current, reported, committed, at launch
 		copy(r[at:], []byte{g.TCB.Bootloader, g.TCB.TEE, 0, 0, 0, 0, g.TCB.SNP, g.TCB.Microcode})
 	}
-	copy(r[0x188:], []byte{0x19, 0x11, 1}) // family, model, stepping
+	copy(r[0x188:], g.CPU[:])
 	copy(r[0x1a0:], g.ChipID[:])
 	return g.key.Sign(r)
 }
