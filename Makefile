@@ -54,6 +54,7 @@ LAB_TESTED = ./inject/sink ./hypervisor/libvirt ./cmd/guest-agent ./internal/cal
 
 lab-programs: build
 	$(STATIC) -o bin/guest ./e2e/guest
+	$(STATIC) -o bin/tsm ./e2e/tsm
 	CGO_ENABLED=0 $(GO) test -c -o bin/e2e.test ./e2e
 	CGO_ENABLED=0 $(GO) test -c -o bin/ $(LAB_TESTED)
 	$(GO) build -o bin/lab ./e2e/lab

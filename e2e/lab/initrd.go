@@ -28,7 +28,7 @@ var hostModules = []string{
 }
 
 // guestModules are what a guest loads.
-var guestModules = []string{"virtio_blk", "vmw_vsock_virtio_transport", "vsock_loopback", "button", "evdev", "dm-crypt", "xts", "aesni-intel", "algif_skcipher"}
+var guestModules = []string{"virtio_blk", "vmw_vsock_virtio_transport", "vsock_loopback", "button", "evdev", "dm-crypt", "xts", "aesni-intel", "algif_skcipher", "tsm"}
 
 // guestPrograms are what a guest has besides busybox, each with its shared libraries.
 var guestPrograms = []string{"usr/sbin/cryptsetup", "usr/sbin/dmsetup", "usr/bin/keyctl", "usr/bin/socat"}
