@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"time"
 
@@ -26,7 +27,7 @@ func Dial(ctx context.Context, cid, port uint32) (net.Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("opening a vsock socket: %w", err)
 	}
-	local, err := bind(c)
+	local, err := bind(c, port)
 	if err == nil {
 		_, err = c.Connect(ctx, &unix.SockaddrVM{CID: cid, Port: port})
 	}
@@ -37,9 +38,22 @@ func Dial(ctx context.Context, cid, port uint32) (net.Conn, error) {
 	return &conn{Conn: c, local: &vsock.Addr{ContextID: unix.VMADDR_CID_ANY, Port: local}, remote: &vsock.Addr{ContextID: cid, Port: port}}, nil
 }
 
-// bind takes a free port below 1024, from the top: a kernel that picks one itself picks above.
-func bind(c *socket.Conn) (uint32, error) {
-	for port := uint32(1023); port > 0; port-- {
+// Ports that dialling takes: those that rresvport(3) takes, so that services find theirs free.
+const (
+	lowest  = 512
+	highest = 1023
+)
+
+// bind takes any free port below 1024 but one. The host still has the connections of a guest that was reset, and drops what comes
+// from the same port as one of those until it ends: so a guest that boots again must not begin at the same port as before.
+func bind(c *socket.Conn, but uint32) (uint32, error) {
+	const ports = highest - lowest + 1
+	first := rand.Uint32N(ports)
+	for n := range uint32(ports) {
+		port := lowest + (first+n)%ports
+		if port == but {
+			continue
+		}
 		err := c.Bind(&unix.SockaddrVM{CID: unix.VMADDR_CID_ANY, Port: port})
 		if err == nil {
 			return port, nil
@@ -48,7 +62,7 @@ func bind(c *socket.Conn) (uint32, error) {
 			return 0, fmt.Errorf("binding a vsock port below 1024 (it takes root, or CAP_NET_BIND_SERVICE): %w", err)
 		}
 	}
-	return 0, errors.New("every vsock port below 1024 is in use")
+	return 0, fmt.Errorf("every vsock port from %d to %d is in use", lowest, highest)
 }
 
 // conn adds the addresses that make a socket a net.Conn, and errors that are net.Error: net/http takes a deadline for the end

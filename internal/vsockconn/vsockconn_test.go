@@ -40,6 +40,7 @@ func TestDeadlineIsNetError(t *testing.T) {
 }
 
 func TestBindTakesLowPorts(t *testing.T) {
+	const but = 720
 	taken := map[uint32]bool{}
 	for range 3 {
 		s, err := socket.Socket(unix.AF_VSOCK, unix.SOCK_STREAM, 0, "vsock", nil)
@@ -47,14 +48,37 @@ func TestBindTakesLowPorts(t *testing.T) {
 			t.Skipf("needs the kernel's vsock (modprobe vsock): %v", err)
 		}
 		defer s.Close()
-		port, err := bind(s)
+		port, err := bind(s, but)
 		if errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) {
 			t.Skip("needs root, for a vsock port below 1024")
 		}
-		if err != nil || port == 0 || port > 1023 || taken[port] {
+		if err != nil || port < lowest || port > highest || port == but || taken[port] {
 			t.Errorf("port %d, %v; expected a free one below 1024", port, err)
 		}
 		taken[port] = true
+	}
+}
+
+// Whoever boots again must find another port than it had: each time the same would do for none.
+func TestBindBeginsAnywhere(t *testing.T) {
+	seen := map[uint32]bool{}
+	for range 8 {
+		s, err := socket.Socket(unix.AF_VSOCK, unix.SOCK_STREAM, 0, "vsock", nil)
+		if err != nil {
+			t.Skipf("needs the kernel's vsock (modprobe vsock): %v", err)
+		}
+		port, err := bind(s, 0)
+		s.Close()
+		if errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) {
+			t.Skip("needs root, for a vsock port below 1024")
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		seen[port] = true
+	}
+	if len(seen) < 2 {
+		t.Errorf("it began at %v every time", seen)
 	}
 }
 
