@@ -212,6 +212,12 @@ func (b *Broker) allow(tx store.Tx, uuid string, v *vmRecord, create bool) (chan
 	}
 	denied := v.Denied || create
 	v.Denied = false
+	if b.tierOf(uuid) == inject.TierSNP {
+		if !denied {
+			err = inject.Refusal{Code: inject.CodeNoTicket, Reason: "this VM is not denied, and tier snp has no tickets: each boot proves itself", Next: "for another receiver reboot the VM"}
+		}
+		return denied, err
+	}
 	changed, err = v.Ticket.Allow()
 	if errors.Is(err, hypervisor.ErrNotRunning) && denied {
 		return true, nil // the denial ends; the next boot has its ticket

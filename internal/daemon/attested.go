@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -8,6 +9,7 @@ import (
 	"io/fs"
 	"net"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -146,7 +148,7 @@ type attestedSession struct {
 	peer     string // what brought the connection; it says nothing about the guest
 	asks     *rate.Limiter
 	handed   handedOut
-	instance string // of the last release
+	instance string // the REPORT_ID that the last release was for, hexadecimal
 }
 
 func (s *attestedSession) door() inject.Door {
@@ -157,7 +159,7 @@ func (s *attestedSession) door() inject.Door {
 		},
 		Decide:  s.decide,
 		Acked:   s.acked,
-		Refused: func(_ context.Context, c *inject.Claim, r inject.Refusal) { s.refuse(c, nil, "", r) },
+		Refused: func(_ context.Context, c *inject.Claim, r inject.Refusal) { s.refuse(c, &attestedDecision{}, r) },
 	}
 }
 
@@ -176,7 +178,7 @@ func (s *attestedSession) decide(ctx context.Context, c *inject.Claim) (*inject.
 	if err == nil {
 		return g, nil
 	}
-	r := s.refuse(c, d.verdict, d.rule, inject.AsRefusal(err))
+	r := s.refuse(c, d, inject.AsRefusal(err))
 	if !d.identified() {
 		r = inject.Refusal{Code: r.Code}
 	}
@@ -185,10 +187,11 @@ func (s *attestedSession) decide(ctx context.Context, c *inject.Claim) (*inject.
 
 // attestedDecision is one decision under way.
 type attestedDecision struct {
-	s       *attestedSession
-	c       *inject.Claim
-	rule    string
-	verdict *attest.Verdict
+	s        *attestedSession
+	c        *inject.Claim
+	rule     string
+	verdict  *attest.Verdict
+	instance string // REPORT_ID of a verdict that passes, hexadecimal
 }
 
 func (d *attestedDecision) run(ctx context.Context) (*inject.Grant, error) {
@@ -218,7 +221,7 @@ func (d *attestedDecision) run(ctx context.Context) (*inject.Grant, error) {
 	if err := d.record(p, entry, grants); err != nil {
 		return nil, err
 	}
-	if err := d.still(entry); err != nil {
+	if err := d.still(p); err != nil {
 		return nil, err
 	}
 	g, err := derived(ctx, holder, inject.TierSNP, entry, grants)
@@ -240,14 +243,7 @@ func (d *attestedDecision) entry(p *policy.Policy) (*policy.VM, error) {
 	if d.rule = decision.Rule; !decision.Allow {
 		return nil, decisionRefusal(decision)
 	}
-	r, err := b.vm(entry.UUID)
-	if err != nil {
-		return nil, err
-	}
-	if r.Denied {
-		return nil, inject.Refusal{Code: inject.CodeDenied, Reason: "an administrator denied this VM", Next: "`keybroker vm allow " + entry.UUID + "` ends that"}
-	}
-	return entry, nil
+	return entry, b.notDenied(entry.UUID, cmp.Or(entry.Name, entry.UUID))
 }
 
 // appraise verifies the evidence whole. A genuine guest is told which claims fail, and not what was expected.
@@ -347,24 +343,19 @@ func (d *attestedDecision) take(entry *policy.VM) (grants []granted, err error) 
 	if len(d.verdict.Instance) == 0 {
 		return nil, errors.New("a verdict that passes names no instance")
 	}
-	d.s.instance = hex.EncodeToString(d.verdict.Instance)
+	d.instance = hex.EncodeToString(d.verdict.Instance)
 	receiver, now := hex.EncodeToString(d.c.Receiver[:]), time.Now().UTC()
 	_, err = d.s.a.b.changeVM(entry.UUID, func(tx store.Tx, r *vmRecord) (bool, error) {
-		grants = nil
 		var boots reportsRecord
 		if _, err := get(tx, bucketReports, entry.UUID, &boots); err != nil {
 			return false, err
 		}
-		fresh, err := boots.bind(d.s.instance, receiver, now)
+		fresh, err := boots.bind(d.instance, receiver, now)
 		if err != nil {
 			return false, err
 		}
-		for _, w := range d.c.Want {
-			one, err := grantOf(tx, entry, w)
-			if err != nil {
-				return false, err
-			}
-			grants = append(grants, one)
+		if grants, err = grantsOf(tx, entry, d.c.Want); err != nil {
+			return false, err
 		}
 		if r.Name, r.LastRelease = entry.Name, now; fresh {
 			r.Releases = 0
@@ -376,46 +367,35 @@ func (d *attestedDecision) take(entry *policy.VM) (grants []granted, err error) 
 }
 
 func (d *attestedDecision) record(p *policy.Policy, entry *policy.VM, grants []granted) error {
-	r := d.s.auditRecord(d.c)
-	r.Event, r.Decision, r.Rule, r.Policy = audit.EventRelease, audit.Granted, d.rule, p.Digest()
-	if entry.Subject != entry.UUID {
-		r.Reason = "keys of subject " + entry.Subject
-	}
-	for n, g := range grants {
-		r.Epochs[n] = g.epoch
-	}
-	if _, err := d.s.a.b.audit.Append(r, audit.Durable); err != nil {
-		return inject.Refusal{Code: inject.CodeAudit, Reason: "no audit record can be written, so no key is released", Cause: err}
-	}
-	return nil
+	return d.s.a.b.recordRelease(d.s.auditRecord(d.c, d.instance), d.rule, p, entry, grants)
 }
 
 // still holds what was granted to what is in force when the record is on disk.
-func (d *attestedDecision) still(entry *policy.VM) error {
-	now, err := d.entry(d.s.a.b.policy())
-	if err != nil {
+func (d *attestedDecision) still(p *policy.Policy) error {
+	now := d.s.a.b.policy()
+	if _, err := d.entry(now); err != nil {
 		return err
 	}
-	if now != entry {
-		return inject.Refusal{Code: inject.CodeKeyNotAllowed, Reason: "the policy has changed meanwhile", Next: "the guest may ask again"}
+	if now.Digest() != p.Digest() { // its appraisal may have changed too
+		return inject.Refusal{Code: inject.CodeBusy, Reason: "the policy has changed meanwhile", Next: "the guest may ask again"}
 	}
 	return nil
 }
 
 func (d *attestedDecision) released(entry *policy.VM, grants []granted) {
 	s := d.s
-	s.handed = handedOut{d.c, entry.Subject, grants}
+	s.handed, s.instance = handedOut{d.c, entry.Subject, grants}, d.instance
 	s.a.show(entry, VMReleased, wantedNames(d.c), nil)
 	s.a.b.metrics.released(inject.TierSNP)
 	s.a.b.log.Info("released", "vm", entry.UUID, "name", entry.Name, "tier", inject.TierSNP, "keys", wantedNames(d.c), "report_id", s.instance, "peer", s.peer)
 }
 
 // auditRecord fills in what every record about a claim of this session says.
-func (s *attestedSession) auditRecord(c *inject.Claim) audit.Record {
+func (s *attestedSession) auditRecord(c *inject.Claim, instance string) audit.Record {
 	r := claimRecord(c)
 	r.Subject, r.Peer, r.Policy = c.Subject, "relay "+s.peer, s.a.b.policy().Digest()
-	if s.instance != "" {
-		r.Instance = "report " + s.instance
+	if instance != "" {
+		r.Instance = "report " + instance
 	}
 	return r
 }
@@ -434,28 +414,24 @@ func (s *attestedSession) acked(_ context.Context, c *inject.Claim, outcomes []i
 	if err != nil {
 		return err
 	}
-	record := s.auditRecord(c)
-	record.Event, record.Reason = audit.EventAck, fmt.Sprint(sinks)
-	if _, err := b.audit.Append(record, audit.Written); err != nil {
-		b.log.Error("writing the audit", "err", err)
-	}
+	b.recordAck(s.auditRecord(c, s.instance), sinks)
 	b.log.Info("acknowledged", "vm", c.Subject, "tier", inject.TierSNP, "sinks", sinks, "complete", good)
 	return nil
 }
 
 // refuse records a refusal and returns what the guest is told. Anybody can claim to be any subject: status shows those alone that
 // policy knows, and refusals of all others that one address brings are folded into one record.
-func (s *attestedSession) refuse(c *inject.Claim, v *attest.Verdict, rule string, r inject.Refusal) inject.Refusal {
+func (s *attestedSession) refuse(c *inject.Claim, d *attestedDecision, r inject.Refusal) inject.Refusal {
 	peer := s.peer
 	if entries := s.a.b.policy().Find(c.Subject); c.Subject != "" && len(entries) == 1 && entries[0].Tier == inject.TierSNP {
 		s.a.show(entries[0], VMRefused, wantedNames(c), &r)
 		peer += " " + c.Subject
 	}
-	record := s.auditRecord(c)
-	record.Event, record.Decision, record.Code, record.Rule, record.Reason = audit.EventRefusal, audit.Refused, string(r.Code), rule, r.Reason
-	if v != nil && r.Code == inject.CodeBadEvidence {
-		record.Reason = told(v)
-		peer += " " + strings.Join(failed(v, 8), " ") // what fails for another reason has a record of its own
+	record := s.auditRecord(c, d.instance)
+	record.Event, record.Decision, record.Code, record.Rule, record.Reason = audit.EventRefusal, audit.Refused, string(r.Code), d.rule, r.Reason
+	if r.Code == inject.CodeBadEvidence {
+		record.Reason = told(d.verdict)
+		peer += " " + strings.Join(failed(d.verdict, 8), " ") // what fails for another reason has a record of its own
 	}
 	s.a.b.refused(inject.TierSNP, peer, record, r.Cause)
 	return r
@@ -504,10 +480,12 @@ func (a *attesting) list() (all []VMStatus) {
 }
 
 func (a *attesting) get(uuid string) (v VMStatus, ok bool) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	v, ok = a.shown[uuid]
-	return a.withRecord(v), ok
+	all := a.list()
+	n := slices.IndexFunc(all, func(v VMStatus) bool { return v.UUID == uuid })
+	if n < 0 {
+		return v, false
+	}
+	return all[n], true
 }
 
 // withRecord adds what the store knows of a subject.

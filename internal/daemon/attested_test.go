@@ -365,3 +365,61 @@ func TestLocalSNPIsRefused(t *testing.T) {
 		t.Errorf("allowed: %v", err)
 	}
 }
+
+// What an administrator sees and does is about tier snp: no libvirt, no tickets.
+func TestAttestedAdministration(t *testing.T) {
+	a := newAttestation(t)
+	if v := a.shownVM(t); v.Tier != inject.TierSNP || v.State != VMQuiet {
+		t.Errorf("before it asked status shows %+v", v)
+	}
+	explained := func() string { return strings.Join(a.explainVM(t.Context(), testVM).Lines, "\n") }
+	if text := explained(); !strings.Contains(text, "allowed by policy.toml:1") || !strings.Contains(text, "[[snp]] test") {
+		t.Errorf("explain says %s", text)
+	}
+	if err := a.allowVM(byHand("")); !errors.Is(err, inject.Refusal{Code: inject.CodeNoTicket}) {
+		t.Errorf("allowing who is not denied: %v", err)
+	}
+	if err := a.denyVM(byHand("")); err != nil {
+		t.Fatal(err)
+	}
+	if text := explained(); !strings.Contains(text, "refused, denied") {
+		t.Errorf("explain says %s", text)
+	}
+	if all := recorded(t, a.Broker, audit.Filter{Event: audit.EventTicket}); len(all) != 1 || all[0].Tier != inject.TierSNP {
+		t.Errorf("the denial is recorded as %+v", all)
+	}
+	if err := a.allowVM(byHand("")); err != nil {
+		t.Error(err)
+	}
+	a.guest.Measurement[0]++
+	if _, err := a.ask(t, a.receiver(t), "disk"); err == nil {
+		t.Fatal("released")
+	}
+	if text := explained(); !strings.Contains(text, "last refused with bad-evidence") {
+		t.Errorf("explain says %s", text)
+	}
+}
+
+// A refusal is never recorded under the instance of an earlier release.
+func TestAttestedInstance(t *testing.T) {
+	a := newAttestation(t)
+	s, err := a.receiver(t).Session(a.connect(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, good := range []bool{true, false} {
+		if !good {
+			a.guest.Measurement[0]++
+		}
+		c, err := s.Challenge(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err = s.Release(t.Context(), c, []inject.Want{{Name: "disk"}}); (err == nil) != good {
+			t.Fatal(err)
+		}
+	}
+	if all := recorded(t, a.Broker, audit.Filter{Event: audit.EventRefusal}); len(all) != 1 || all[0].Instance != "" {
+		t.Errorf("recorded: %+v", all)
+	}
+}

@@ -116,8 +116,41 @@ func decisionLine(what string, d policy.Decision) string {
 	return fmt.Sprintf("%s: refused, %s: %s", what, d.Code, d.WithoutAdvice())
 }
 
+// explainAttested says what a release in tier snp would end with, for evidence that passes.
+func (b *Broker) explainAttested(uuid string) Explanation {
+	claims := policy.VMClaims{UUID: uuid, Tier: inject.TierSNP, Host: b.host}
+	entry, decision := b.policy().VM(claims)
+	headline := decisionLine("VM "+uuid, decision)
+	allow := decision.Allow
+	if allow {
+		headline += fmt.Sprintf(", for a report that passes under [[snp]] %s", entry.SNPName)
+		err := b.notDenied(uuid, uuid)
+		if err == nil {
+			_, err = b.realm.current()
+		}
+		if err != nil {
+			r := inject.AsRefusal(err)
+			allow, headline = false, fmt.Sprintf("VM %s: refused, %s: %s", uuid, r.Code, r.Reason)
+		}
+	}
+	e := Explanation{Allow: allow, Lines: []string{headline}}
+	for _, t := range b.policy().ExplainVM(claims) {
+		e.add("%s", t)
+	}
+	if entry != nil {
+		e.add("keys %v of subject %s", entry.KeyNames(), entry.Subject)
+	}
+	if v, ok := b.attesting.get(uuid); ok && v.Code != "" {
+		e.add("it was last refused with %s: %s; `keybroker audit query --subject %s` has what was expected and what came", v.Code, v.Why, uuid)
+	}
+	return e
+}
+
 // explainVM goes by the running domain, or else by libvirt's definition, as a start would.
 func (b *Broker) explainVM(ctx context.Context, uuid string) Explanation {
+	if b.tierOf(uuid) == inject.TierSNP {
+		return b.explainAttested(uuid)
+	}
 	x := b.guests.get(uuid)
 	var d hypervisor.Domain
 	var err error

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/time/rate"
 
+	"keybroker/attest/snp"
 	"keybroker/derive"
 	"keybroker/hypervisor"
 	"keybroker/hypervisor/libvirt"
@@ -47,8 +48,12 @@ func newStoreBroker(t *testing.T) *Broker {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { s.Close() })
-	b := &Broker{log: slog.New(slog.DiscardHandler), store: s}
+	b := &Broker{log: slog.New(slog.DiscardHandler), store: s, paths: config.Paths{Endorsements: t.TempDir()}}
+	setPolicy(t, b, "")
 	b.guests = newGuests(b)
+	if b.attesting, err = newAttesting(b, snp.AMDRoots()); err != nil {
+		t.Fatal(err)
+	}
 	return b
 }
 
@@ -77,6 +82,9 @@ func newTestBroker(t *testing.T, policyText string, settings func(*config.Config
 	}
 	b.defined = b.libvirt.Defined
 	b.guests, b.metrics = newGuests(b), newMetrics(func() float64 { return 1 })
+	if b.attesting, err = newAttesting(b, snp.AMDRoots()); err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(b.close)
 	open := func(ctx context.Context) (*derive.Holder, string) {
 		h, err := b.realm.start(ctx, filledPage(t, derive.RandomMaster()))

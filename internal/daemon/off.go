@@ -47,7 +47,7 @@ func (b *Broker) oneVM(uuid string) (v VMStatus, err error) {
 // off is what the store and the policy know of a domain that does not run here.
 func (b *Broker) off(uuid string, r vmRecord) VMStatus {
 	v := VMStatus{
-		UUID: uuid, Name: r.Name, Tier: inject.TierVM, State: VMOff, Keys: []string{}, Sinks: []string{}, Ticket: r.Ticket.String(),
+		UUID: uuid, Name: r.Name, Tier: b.tierOf(uuid), State: VMOff, Keys: []string{}, Sinks: []string{}, Ticket: r.Ticket.String(),
 		Releases: r.Releases, LastRelease: r.LastRelease, Denied: r.Denied,
 	}
 	if entries := b.policy().Find(uuid); len(entries) == 1 {
@@ -56,10 +56,21 @@ func (b *Broker) off(uuid string, r vmRecord) VMStatus {
 			v.Subject = entries[0].Subject
 		}
 	}
+	if v.Tier == inject.TierSNP { // whether it runs is not known here
+		v.State, v.Why = VMQuiet, "it has not asked since this broker started"
+	}
 	if v.Denied {
 		v.Code, v.Why = string(inject.CodeDenied), "`keybroker vm allow "+cmp.Or(v.Name, v.UUID)+"` ends that"
 	}
 	return v
+}
+
+// tierOf is the tier of a VM's policy entry, and "vm" where it has none.
+func (b *Broker) tierOf(uuid string) string {
+	if entries := b.policy().Find(uuid); len(entries) == 1 {
+		return entries[0].Tier
+	}
+	return inject.TierVM
 }
 
 // mayCreate lists the keys of a VM that never opened a volume in their current epoch.

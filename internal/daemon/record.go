@@ -12,6 +12,7 @@ import (
 	"keybroker/hypervisor"
 	"keybroker/inject"
 	"keybroker/internal/audit"
+	"keybroker/internal/policy"
 	"keybroker/internal/store"
 )
 
@@ -87,9 +88,36 @@ func (b *Broker) recordTicket(uuid, cause string, t hypervisor.Ticket) {
 }
 
 func (b *Broker) appendTicket(uuid, cause string, t hypervisor.Ticket, how audit.Durability) error {
-	r := audit.Record{Event: audit.EventTicket, Tier: inject.TierVM, Subject: uuid, Instance: t.Boot.String(), Reason: cause + ": " + t.String()}
+	r := audit.Record{Event: audit.EventTicket, Tier: b.tierOf(uuid), Subject: uuid, Instance: t.Boot.String(), Reason: cause + ": " + t.String()}
 	_, err := b.audit.Append(r, how)
 	return err
+}
+
+// recordRelease writes the record of a release to a VM; it is on disk when recordRelease returns. No record, no key.
+func (b *Broker) recordRelease(r audit.Record, rule string, p *policy.Policy, entry *policy.VM, grants []granted) error {
+	r.Event, r.Decision, r.Rule, r.Policy = audit.EventRelease, audit.Granted, rule, p.Digest()
+	if entry.Subject != entry.UUID {
+		r.Reason = "keys of subject " + entry.Subject
+	}
+	for n, g := range grants {
+		r.Epochs[n] = g.epoch
+	}
+	if _, err := b.audit.Append(r, audit.Durable); err != nil {
+		return unrecordedRelease(err)
+	}
+	return nil
+}
+
+func unrecordedRelease(err error) inject.Refusal {
+	return inject.Refusal{Code: inject.CodeAudit, Reason: "no audit record can be written, so no key is released", Cause: err}
+}
+
+// recordAck writes what became of released keys.
+func (b *Broker) recordAck(r audit.Record, sinks []string) {
+	r.Event, r.Reason = audit.EventAck, fmt.Sprint(sinks)
+	if _, err := b.audit.Append(r, audit.Written); err != nil {
+		b.log.Error("writing the audit", "err", err)
+	}
 }
 
 // refused counts a refusal and records it; repeated ones of one peer are folded into one record.

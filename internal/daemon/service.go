@@ -299,7 +299,7 @@ func (s *services) record(p *peer, name string, g grant) error {
 		durability = audit.Durable
 	}
 	if _, err := s.b.audit.Append(r, durability); err != nil {
-		return inject.Refusal{Code: inject.CodeAudit, Reason: "no audit record can be written, so no key is released", Cause: err}
+		return unrecordedRelease(err)
 	}
 	return nil
 }

@@ -143,14 +143,16 @@ func (x *guest) entry(p *policy.Policy, c *inject.Claim) (*policy.VM, string, er
 	if !d.Allow {
 		return nil, d.Rule, decisionRefusal(d)
 	}
-	r, err := x.b.vm(x.domain.UUID)
-	if err != nil {
-		return nil, d.Rule, err
+	return entry, d.Rule, x.b.notDenied(x.domain.UUID, x.domain.Name)
+}
+
+// notDenied holds that no administrator denied a VM.
+func (b *Broker) notDenied(uuid, name string) error {
+	r, err := b.vm(uuid)
+	if err == nil && r.Denied {
+		err = inject.Refusal{Code: inject.CodeDenied, Reason: "an administrator denied this VM", Next: "`keybroker vm allow " + name + "` ends that"}
 	}
-	if r.Denied {
-		return nil, d.Rule, inject.Refusal{Code: inject.CodeDenied, Reason: "an administrator denied this VM", Next: "`keybroker vm allow " + x.domain.Name + "` ends that"}
-	}
-	return entry, d.Rule, nil
+	return err
 }
 
 func (x *guest) claims(tier string) policy.VMClaims {
@@ -178,7 +180,6 @@ type granted struct {
 func (x *guest) take(entry *policy.VM, c *inject.Claim) (grants []granted, err error) {
 	replaced := false
 	after, err := x.b.changeVM(x.domain.UUID, func(tx store.Tx, r *vmRecord) (bool, error) {
-		grants = nil
 		before := r.Ticket.Replacements
 		if boot := x.boot(); !boot.SameProcess(r.Ticket.Boot) {
 			return false, refusal(inject.CodeNoTicket, "this boot (%v) has no ticket", boot)
@@ -187,12 +188,9 @@ func (x *guest) take(entry *policy.VM, c *inject.Claim) (grants []granted, err e
 			return false, ticketRefusal(err, x.domain.Name)
 		}
 		replaced = r.Ticket.Replacements > before
-		for _, w := range c.Want {
-			one, err := grantOf(tx, entry, w)
-			if err != nil {
-				return false, err
-			}
-			grants = append(grants, one)
+		var err error
+		if grants, err = grantsOf(tx, entry, c.Want); err != nil {
+			return false, err
 		}
 		r.Name = x.domain.Name
 		r.Releases++
@@ -222,6 +220,18 @@ func ticketRefusal(err error, name string) error {
 	return r
 }
 
+// grantsOf settles every key that is wanted, or none.
+func grantsOf(tx store.Tx, entry *policy.VM, want []inject.Want) (grants []granted, err error) {
+	for _, w := range want {
+		one, err := grantOf(tx, entry, w)
+		if err != nil {
+			return nil, err
+		}
+		grants = append(grants, one)
+	}
+	return grants, nil
+}
+
 func grantOf(tx store.Tx, entry *policy.VM, w inject.Want) (granted, error) {
 	key, d := entry.Key(w.Name)
 	if !d.Allow {
@@ -241,19 +251,7 @@ func grantOf(tx store.Tx, entry *policy.VM, w inject.Want) (granted, error) {
 
 // record writes the audit record of a release; it is on disk when record returns.
 func (x *guest) record(c *inject.Claim, p *policy.Policy, entry *policy.VM, rule string, grants []granted) error {
-	r := x.auditRecord(c)
-	r.Event, r.Decision = audit.EventRelease, audit.Granted
-	r.Rule, r.Policy = rule, p.Digest()
-	if entry.Subject != x.domain.UUID {
-		r.Reason = "keys of subject " + entry.Subject
-	}
-	for n, g := range grants {
-		r.Epochs[n] = g.epoch
-	}
-	if _, err := x.b.audit.Append(r, audit.Durable); err != nil {
-		return inject.Refusal{Code: inject.CodeAudit, Reason: "no audit record can be written, so no key is released", Cause: err}
-	}
-	return nil
+	return x.b.recordRelease(x.auditRecord(c), rule, p, entry, grants)
 }
 
 // auditRecord fills in what every record about a claim of this guest says.
@@ -354,11 +352,7 @@ func (x *guest) acked(_ context.Context, c *inject.Claim, outcomes []inject.Outc
 	if err != nil {
 		return err
 	}
-	record := x.auditRecord(c)
-	record.Event, record.Reason = audit.EventAck, fmt.Sprint(sinks)
-	if _, err := x.b.audit.Append(record, audit.Written); err != nil {
-		x.b.log.Error("writing the audit", "err", err)
-	}
+	x.b.recordAck(x.auditRecord(c), sinks)
 	x.b.log.Info("acknowledged", "vm", x.domain.Name, "sinks", sinks, "complete", good)
 	return nil
 }
