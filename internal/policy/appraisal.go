@@ -127,24 +127,15 @@ func describeFlags(flags []flag) (out []string) {
 }
 
 func describeProduct(product attest.Product) string {
-	text := "at least " + describeTCB(product.Line, product.Reported)
+	text := "at least " + snp.FormatTCB(product.Line, *product.Reported)
 	if *product.Committed != *product.Reported || *product.Launch != *product.Reported {
-		text = fmt.Sprintf("at least reported %s; committed %s; launch %s", describeTCB(product.Line, product.Reported),
-			describeTCB(product.Line, product.Committed), describeTCB(product.Line, product.Launch))
+		text = fmt.Sprintf("at least reported %s; committed %s; launch %s", snp.FormatTCB(product.Line, *product.Reported),
+			snp.FormatTCB(product.Line, *product.Committed), snp.FormatTCB(product.Line, *product.Launch))
 	}
 	if product.Chips != nil {
 		text += "; only chip_id " + joinValues(product.Chips)
 	}
 	return text
-}
-
-func describeTCB(line string, t *attest.TCB) string {
-	all := tcbParts(t)
-	var out []string
-	for _, name := range snp.TCBParts(line) {
-		out = append(out, fmt.Sprintf("%s %d", name, *all[name]))
-	}
-	return strings.Join(out, ", ")
 }
 
 func describeValue(v attest.ReferenceValue, at time.Time) string {

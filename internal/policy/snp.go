@@ -3,7 +3,6 @@ package policy
 import (
 	"encoding/hex"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -328,30 +327,24 @@ func (r *snpReader) leastTCBs(t *tomlfile.Table, product *attest.Product) {
 	}
 }
 
-// tcbParts returns the parts of a TCB by their names.
-func tcbParts(t *attest.TCB) map[string]*uint8 {
-	return map[string]*uint8{"fmc": &t.FMC, "bootloader": &t.Bootloader, "tee": &t.TEE, "snp": &t.SNP, "microcode": &t.Microcode}
-}
-
 // readTCB takes a table with every part of the line's TCB. Nil if it is not there.
 func readTCB(parent *tomlfile.Table, key, line string) *attest.TCB {
 	t := parent.Table(key)
 	if t == nil {
 		return nil
 	}
-	var tcb attest.TCB
-	parts := tcbParts(&tcb)
-	wanted := snp.TCBParts(line)
-	if wanted == nil { // that the line is wrong has been said
-		wanted = slices.Collect(maps.Keys(parts))
+	parts := snp.TCBParts(line)
+	if parts == nil { // that the line is wrong has been said
+		parts = snp.TCBParts(snp.Turin) // which has every part that there is
 	}
-	for _, name := range wanted {
+	var values []uint8
+	for _, name := range parts {
 		var n int
-		if t.Int(name, &n, 0, 255) {
-			*parts[name] = uint8(n)
-		} else if line != "" && !t.Has(name) {
+		if !t.Int(name, &n, 0, 255) && line != "" && !t.Has(name) {
 			t.Errorf(name, "expected the least %s of %s, got none", name, line)
 		}
+		values = append(values, uint8(n))
 	}
+	tcb, _ := snp.TCBOf(line, values) // it fails for a wrong line alone
 	return &tcb
 }
