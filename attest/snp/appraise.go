@@ -88,8 +88,8 @@ func (a *appraisal) readEvidence() {
 	a.add(attest.Form, "kind", ev.Kind == attest.KindSNP, attest.KindSNP, plain(ev.Kind), "default")
 	raw, table := split(ev.Octets)
 	size := fmt.Sprintf("%d octets", len(ev.Octets))
-	fits := len(raw) == ReportSize && len(ev.Octets) <= MaxEvidence
-	a.add(attest.Form, "report-size", fits, fmt.Sprintf("%d octets, and a table of certificates up to %d", ReportSize, MaxEvidence), size, ruleReport)
+	fits := len(raw) == ReportSize && len(ev.Octets) <= MaxExtended
+	a.add(attest.Form, "report-size", fits, fmt.Sprintf("%d octets, and a table of certificates up to %d", ReportSize, MaxExtended), size, ruleReport)
 	if !fits {
 		return
 	}

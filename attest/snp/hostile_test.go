@@ -323,7 +323,7 @@ func TestLengths(t *testing.T) {
 		r.Evidence.Octets = append(bytes.Clone(s.report), bytes.Repeat([]byte{7}, n)...)
 		wantFailures(t, v.Appraise(r), "certificate-table")
 	}
-	r.Evidence.Octets = append(bytes.Clone(s.report), make([]byte, snp.MaxEvidence-snp.ReportSize)...)
+	r.Evidence.Octets = append(bytes.Clone(s.report), make([]byte, snp.MaxExtended-snp.ReportSize)...)
 	wantFailures(t, v.Appraise(r)) // an empty table
 	r.Evidence.Octets = append(r.Evidence.Octets, 0)
 	wantFailures(t, v.Appraise(r), "report-size")

@@ -16,7 +16,7 @@ import (
 
 // Bounds of what is looked at. They are far above what there is: a report with all its certificates has some 7 KiB.
 const (
-	MaxEvidence     = 64 << 10 // octets of a report with its table
+	MaxExtended     = 64 << 10 // octets of an extended report: a report with its table
 	maxTableEntries = 32
 	maxCertificates = 64       // of one appraisal, wherever they come from
 	maxCertificate  = 16 << 10 // octets

@@ -20,7 +20,7 @@ type Appraisal struct {
 func (p *Policy) Appraisals(at time.Time) []Appraisal {
 	var out []Appraisal
 	for _, g := range p.snps {
-		a := Appraisal{Rule: g.Rule, VMs: g.VMNames()}
+		a := Appraisal{Rule: g.Rule, VMs: g.vmNames()}
 		for _, s := range g.describe(at) {
 			a.Rows = append(a.Rows, [2]string{s.key, s.value})
 		}
@@ -30,14 +30,14 @@ func (p *Policy) Appraisals(at time.Time) []Appraisal {
 }
 
 // settings returns what the table says, whenever it is asked, and without who names it.
-func (g *SNP) settings() []setting {
+func (g *snpTable) settings() []setting {
 	alone := *g
 	alone.vms = nil
 	return alone.describe(time.Time{})
 }
 
 // describe returns what the table accepts, a key's value in each line; at the zero time nothing has ended.
-func (g *SNP) describe(at time.Time) []setting {
+func (g *snpTable) describe(at time.Time) []setting {
 	p := g.policy
 	out := []setting{{"signer", strings.Join(p.Signers, ", ")}}
 	if p.CSPs != nil {
@@ -76,7 +76,7 @@ func namedLists(p *attest.Policy) []valueList {
 }
 
 // describeHostData says which HOST_DATA guests are to be launched with.
-func (g *SNP) describeHostData() []setting {
+func (g *snpTable) describeHostData() []setting {
 	switch {
 	case g.anyData:
 		return []setting{{"host_data", "anything"}}

@@ -11,8 +11,8 @@ import (
 	"keybroker/internal/tomlfile"
 )
 
-// An SNP is one [[snp]] table: an appraisal policy for the reports of all VMs that name it.
-type SNP struct {
+// A snpTable is one [[snp]] table: an appraisal policy for the reports of all VMs that name it.
+type snpTable struct {
 	Rule string // "policy.toml:30 [[snp]] web": names the table everywhere
 	Name string
 
@@ -23,7 +23,7 @@ type SNP struct {
 
 // snp adds a [[snp]] table. VMs name it from any file, so whether they do is seen when all are read.
 func (b *builder) snp(file string, t *tomlfile.Table) {
-	g := &SNP{}
+	g := &snpTable{}
 	if t.String("name", &g.Name) {
 		checkText(t, "name", g.Name, "a name for this appraisal policy")
 	} else if !t.Has("name") {
@@ -43,7 +43,7 @@ func (b *builder) snp(file string, t *tomlfile.Table) {
 }
 
 // of returns the appraisal policy of one VM. Unless the table says otherwise HOST_DATA is the VM's own.
-func (g *SNP) of(v *VM) *attest.Policy {
+func (g *snpTable) of(v *VM) *attest.Policy {
 	p := *g.policy
 	if p.HostData == nil && !g.anyData {
 		p.HostData = attest.ReferenceValues{{Name: nameOr(v.Name, v.UUID), Value: attest.HostData(v.UUID), Rule: v.Rule}}
@@ -160,11 +160,8 @@ func (b *builder) tellFrom(v *VM, others []*VM) {
 	}
 }
 
-// SNPs returns all [[snp]] tables in the order of the files.
-func (p *Policy) SNPs() []*SNP { return slices.Clone(p.snps) }
-
-// VMNames returns the names of the VMs that name this table, or their UUIDs, in the order of the files.
-func (g *SNP) VMNames() []string {
+// vmNames returns the names of the VMs that name this table, or their UUIDs, in the order of the files.
+func (g *snpTable) vmNames() []string {
 	var out []string
 	for _, v := range g.vms {
 		out = append(out, nameOr(v.Name, v.UUID))
@@ -173,7 +170,7 @@ func (g *SNP) VMNames() []string {
 }
 
 // warnings says why nobody has any use of a table.
-func (g *SNP) warnings() []string {
+func (g *snpTable) warnings() []string {
 	if len(g.vms) == 0 {
 		return []string{fmt.Sprintf("no VM names it; give a [[vm]] of tier %q the line snp = %q, or remove it", derive.TierSNP, g.Name)}
 	}

@@ -18,14 +18,14 @@ type builder struct {
 	p        *Policy
 	roots    []*tomlfile.Table       // of all files
 	subjects map[string]*VM          // who has the keys of a subject
-	groups   map[string]*SNP         // [[snp]] by name
+	groups   map[string]*snpTable    // [[snp]] by name
 	tables   map[*VM]*tomlfile.Table // where entries stand
 }
 
 func newBuilder() *builder {
 	return &builder{
 		p:        &Policy{exact: map[string][]*Service{}, globs: map[string][]*Service{}, byUUID: map[string]*VM{}, uids: map[uint32]bool{}},
-		subjects: map[string]*VM{}, groups: map[string]*SNP{}, tables: map[*VM]*tomlfile.Table{},
+		subjects: map[string]*VM{}, groups: map[string]*snpTable{}, tables: map[*VM]*tomlfile.Table{},
 	}
 }
 

@@ -41,7 +41,7 @@ type Policy struct {
 	exact    map[string][]*Service // by name
 	globs    map[string][]*Service // by what stands before the *
 	vms      []*VM
-	snps     []*SNP
+	snps     []*snpTable
 	byUUID   map[string]*VM
 	uids     map[uint32]bool // that some entry of a service allows
 }

@@ -35,8 +35,8 @@ const (
 	maxFound  = 8         // VLEKs, issuers and revocation lists of a line, each, that an appraisal gets
 )
 
-// ErrFull says that a store has as many files as it may have.
-var ErrFull = errors.New("the store of endorsements is full")
+// errFull says that a store has as many files as it may have.
+var errFull = errors.New("the store of endorsements is full")
 
 // ErrRefused says that what should be stored does not verify, or is not what was wanted. Nothing of it was stored.
 var ErrRefused = errors.New("refused")
@@ -337,8 +337,8 @@ func (s *Store) Put(ctx context.Context, given attest.Endorsements, wanted func(
 // PutEvidence stores what came along with a report and is of use for this very report. What is not, or does not verify, is passed
 // over. It is for evidence that was found genuine: that bounds what a guest can make a store keep.
 func (s *Store) PutEvidence(ctx context.Context, ev attest.Evidence) ([]Stored, error) {
-	if len(ev.Octets) < snp.ReportSize || len(ev.Octets) > snp.MaxEvidence {
-		return nil, fmt.Errorf("expected a report of %d octets, with certificates up to %d, got %d", snp.ReportSize, snp.MaxEvidence, len(ev.Octets))
+	if len(ev.Octets) < snp.ReportSize || len(ev.Octets) > snp.MaxExtended {
+		return nil, fmt.Errorf("expected a report of %d octets, with certificates up to %d, got %d", snp.ReportSize, snp.MaxExtended, len(ev.Octets))
 	}
 	given, err := snp.ParseTable(ev.Octets[snp.ReportSize:])
 	if err != nil {
@@ -442,7 +442,7 @@ func checkRoom(f *folder.Folder, name string) error {
 		return err
 	}
 	if len(names) >= most && !slices.Contains(names, name) {
-		return fmt.Errorf("%w: expected fewer than %d files; remove those that are not needed any more", ErrFull, most)
+		return fmt.Errorf("%w: expected fewer than %d files; remove those that are not needed any more", errFull, most)
 	}
 	return nil
 }

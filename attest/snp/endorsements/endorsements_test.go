@@ -329,7 +329,7 @@ func TestPutEvidence(t *testing.T) {
 		t.Errorf("%q, %+v", good, stored)
 	}
 	for what, ev := range map[string]attest.Evidence{
-		"nothing": {}, "short": {Octets: report[:700]}, "a bad table": {Octets: append(bytes.Clone(report), 1)}, "too much": {Octets: make([]byte, snp.MaxEvidence+1)},
+		"nothing": {}, "short": {Octets: report[:700]}, "a bad table": {Octets: append(bytes.Clone(report), 1)}, "too much": {Octets: make([]byte, snp.MaxExtended+1)},
 	} {
 		if _, err := s.PutEvidence(t.Context(), ev); err == nil {
 			t.Errorf("%s: no error", what)

@@ -1,7 +1,7 @@
 // Package keyservice is a client of a key service of AMD's shape, which publishes the certificates of VCEKs, of their issuers, and
 // revocation lists (AMD's publication 57230, section 4). What it gets goes into a store of endorsements.
 //
-// The service serves few requests: the client asks at most once in Interval, waits as long as the service says, and never asks
+// The service serves few requests: the client asks at most once in 10 s, waits as long as the service says, and never asks
 // twice for the same, also when it runs in several processes at once: they share a lock and a note in the store's folder.
 package keyservice
 
@@ -27,8 +27,8 @@ import (
 // AMD is AMD's own service.
 const AMD = "https://kdsintf.amd.com"
 
-// Interval is the least time between two requests.
-const Interval = 10 * time.Second
+// interval is the least time between two requests.
+const interval = 10 * time.Second
 
 // Bounds of what a service may do.
 const (
@@ -260,12 +260,12 @@ func (c *Client) turn(ctx context.Context, n *note, end time.Time) error {
 
 // askOnce makes one request. What it notes, before and after, holds for other processes as well, also if this one is killed.
 func (c *Client) askOnce(ctx context.Context, l *folder.Lock, n *note, r request) (octets []byte, later time.Duration, err error) {
-	n.Next = c.Now().Add(Interval)
+	n.Next = c.Now().Add(interval)
 	if err := n.write(l); err != nil {
 		return nil, 0, err
 	}
 	octets, later, err = c.ask(ctx, r)
-	n.Next = c.Now().Add(max(later, Interval))
+	n.Next = c.Now().Add(max(later, interval))
 	return octets, later, errors.Join(err, n.write(l))
 }
 
@@ -315,7 +315,7 @@ func (c *Client) status(res *http.Response) error {
 }
 
 // retryAfter reads for how long a service wants to be left alone (RFC 9110, section 10.2.3): seconds, or a date. It is at least
-// Interval.
+// interval.
 func retryAfter(header string, now time.Time) time.Duration {
 	var d time.Duration
 	if seconds, err := strconv.ParseUint(header, 10, 32); err == nil {
@@ -323,7 +323,7 @@ func retryAfter(header string, now time.Time) time.Duration {
 	} else if at, err := http.ParseTime(header); err == nil {
 		d = at.Sub(now)
 	}
-	return min(max(d, Interval), maxRetryAfter)
+	return min(max(d, interval), maxRetryAfter)
 }
 
 // put verifies an answer and stores it.

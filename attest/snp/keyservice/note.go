@@ -29,13 +29,13 @@ func noteName(service string) string {
 	return ".keyservice-" + hex.EncodeToString(sum[:8]) + ".json"
 }
 
-// readNote reads a service's note. One that is missing, or cannot be read, allows a request at once or in Interval.
+// readNote reads a service's note. One that is missing, or cannot be read, allows a request at once or in interval.
 func readNote(f *folder.Folder, service string, now time.Time) *note {
 	n := &note{name: noteName(service)}
 	octets, err := f.Read(n.name, maxNote)
 	if err == nil {
 		if err := json.Unmarshal(octets, n, json.RejectUnknownMembers(true)); err != nil {
-			*n = note{name: n.name, Next: now.Add(Interval)}
+			*n = note{name: n.name, Next: now.Add(interval)}
 		}
 	}
 	n.Service = service
@@ -47,10 +47,10 @@ func readNote(f *folder.Folder, service string, now time.Time) *note {
 }
 
 // next returns from when on the service may be asked. A time that no service can have asked for was noted before the clock was
-// set back: it counts for no longer than Interval.
+// set back: it counts for no longer than interval.
 func (n *note) next(now time.Time) time.Time {
-	if n.Next.Sub(now) > maxRetryAfter+Interval {
-		n.Next = now.Add(Interval)
+	if n.Next.Sub(now) > maxRetryAfter+interval {
+		n.Next = now.Add(interval)
 	}
 	return n.Next
 }
