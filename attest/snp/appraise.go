@@ -313,7 +313,7 @@ func (a *appraisal) findIssuers() {
 		a.unchecked(attest.Chain, "chain", "a chain to a trusted root", "no certificate to begin with")
 		return
 	}
-	issuer, role := a.key.issuerName(), issuerRole(a.key.kind)
+	issuer, role := a.key.issuerName(), IssuerOf(a.key.kind)
 	c, err := a.v.findChain(a.key, a.certs)
 	if errors.Is(err, errNoIssuer) {
 		a.add(attest.Chain, "issuer", false, fmt.Sprintf("the certificate %s (%s)", issuer, role), NoneGiven, ruleKDS)

@@ -56,14 +56,6 @@ func (k *signingKey) issuerName() string {
 	return "SEV-" + k.line.name
 }
 
-// issuerRole is what AMD calls that certificate.
-func issuerRole(kind string) string {
-	if kind == attest.VLEK {
-		return "ASVK"
-	}
-	return "ASK"
-}
-
 // kindOf returns which kind of key a certificate is for, "" if for none that signs reports.
 func kindOf(c *x509.Certificate) string {
 	switch c.Subject.CommonName {

@@ -79,7 +79,7 @@ type MissingIssuerError struct {
 
 // Error names the certificate that is missing.
 func (e *MissingIssuerError) Error() string {
-	return fmt.Sprintf("a %s of %s: expected its issuer's certificate (%s), got none", e.Kind, e.Line, issuerRole(e.Kind))
+	return fmt.Sprintf("a %s of %s: expected its issuer's certificate (%s), got none", e.Kind, e.Line, IssuerOf(e.Kind))
 }
 
 // endorsement is what all certificates have in common.
@@ -162,8 +162,9 @@ func KeyOf(der []byte) (Key, error) {
 	return Key{Kind: k.kind, Line: k.line.name, Chip: k.hwid, CSP: k.csp, TCB: k.tcb}, nil
 }
 
-// endorses reports whether it is of use for a report by one of these keys; see KeysOf.
-func (e *Endorsement) endorses(keys []Key) bool {
+// Endorses reports whether an endorsement is of use for a report by one of these keys (see KeysOf): the certificate of such a key,
+// of an issuer of such keys, the line's root or its revocation list.
+func (e *Endorsement) Endorses(keys []Key) bool {
 	return slices.ContainsFunc(keys, func(k Key) bool {
 		switch {
 		case e.Line != k.Line:
@@ -171,7 +172,7 @@ func (e *Endorsement) endorses(keys []Key) bool {
 		case e.Kind == CRL || e.Kind == ARK:
 			return true
 		case e.Kind == ASK || e.Kind == ASVK:
-			return e.Kind == issuerRole(k.Kind)
+			return e.Kind == IssuerOf(k.Kind)
 		case k.Kind == attest.VLEK:
 			k.CSP = e.Key.CSP
 		}
@@ -179,9 +180,10 @@ func (e *Endorsement) endorses(keys []Key) bool {
 	})
 }
 
-// Endorses reports whether an endorsement is of use for a report: the certificate of the very key that it says has signed it,
-// of an issuer of such keys, the line's root or its revocation list.
-func (e *Endorsement) Endorses(report []byte) bool {
-	keys, err := KeysOf(report)
-	return err == nil && e.endorses(keys)
+// IssuerOf returns which kind of certificate issues those of a kind of key: of a VLEK the ASVK, else the ASK.
+func IssuerOf(kind string) string {
+	if kind == attest.VLEK {
+		return ASVK
+	}
+	return ASK
 }

@@ -224,15 +224,11 @@ func (s *Store) find(f *folder.Folder, k snp.Key) (out []*snp.Endorsement, probl
 	add := func(list []*snp.Endorsement, wrong []error) {
 		out, problems = append(out, list...), append(problems, wrong...)
 	}
-	issuer := snp.ASK
-	if k.Kind == attest.VLEK {
-		issuer = snp.ASVK
-	}
 	names, err := f.Names(".")
 	if err != nil {
 		return nil, []error{err}
 	}
-	add(s.readNamed(f, names, prefix(issuer, k.Line), ""))
+	add(s.readNamed(f, names, prefix(snp.IssuerOf(k.Kind), k.Line), ""))
 	add(s.readNamed(f, names, prefix(snp.CRL, k.Line), ""))
 	name := nameOf(&snp.Endorsement{Kind: k.Kind, Line: k.Line, Key: k})
 	switch {
@@ -340,6 +336,10 @@ func (s *Store) PutEvidence(ctx context.Context, ev attest.Evidence) ([]Stored, 
 	if len(ev.Octets) < snp.ReportSize || len(ev.Octets) > snp.MaxExtended {
 		return nil, fmt.Errorf("expected a report of %d octets, with certificates up to %d, got %d", snp.ReportSize, snp.MaxExtended, len(ev.Octets))
 	}
+	keys, err := snp.KeysOf(ev.Octets[:snp.ReportSize])
+	if err != nil {
+		return nil, err
+	}
 	given, err := snp.ParseTable(ev.Octets[snp.ReportSize:])
 	if err != nil {
 		return nil, err
@@ -351,7 +351,7 @@ func (s *Store) PutEvidence(ctx context.Context, ev attest.Evidence) ([]Stored, 
 	defer f.Close()
 	var list []*snp.Endorsement
 	for _, der := range slices.Concat(given.Certificates, given.CRLs) {
-		if e, err := s.verify(f, der, given.Certificates); err == nil && e.Endorses(ev.Octets[:snp.ReportSize]) {
+		if e, err := s.verify(f, der, given.Certificates); err == nil && e.Endorses(keys) {
 			list = append(list, e)
 		}
 	}

@@ -167,10 +167,7 @@ func describe(list []*snp.Endorsement) string {
 
 // Chain gets the issuers of a line's VCEKs or VLEKs: kind is attest.VCEK or attest.VLEK.
 func (c *Client) Chain(ctx context.Context, line, kind string) ([]endorsements.Stored, error) {
-	issuer := snp.ASK
-	if kind == attest.VLEK {
-		issuer = snp.ASVK
-	}
+	issuer := snp.IssuerOf(kind)
 	return c.get(ctx, request{
 		what: fmt.Sprintf("the %s of %s", issuer, line), path: snp.ChainPath(line, kind), most: maxChain, wanted: only(line, issuer, snp.ARK),
 	})
