@@ -130,15 +130,15 @@ func Parse(name string, data []byte) (*Config, error) {
 	}
 	c := Default()
 	c.File = name
-	c.readListen(t)
+	readListen(t, &c.Listen, ParseListen)
 	c.readRealm(t)
 	c.readSlots(t)
 	c.readPaths(t)
+	t.Bool("allow_local_snp", &c.AllowLocalSNP)
 	readTable(t, "vm", func(t *tomlfile.Table) {
 		t.Duration("boot_window", &c.VM.BootWindow, time.Second, 24*time.Hour)
 	})
-	readTable(t, "relay", c.readRelay)
-	t.Bool("allow_local_snp", &c.AllowLocalSNP)
+	readTable(t, "relay", func(t *tomlfile.Table) { readListen(t, &c.Relay.Listen, parseRelay) })
 	readTable(t, "audit", c.readAudit)
 	readTable(t, "admin", c.readAdmin)
 	readTable(t, "log", c.readLog)
@@ -175,22 +175,23 @@ func readTable(t *tomlfile.Table, key string, read func(*tomlfile.Table)) {
 	}
 }
 
-func (c *Config) readListen(t *tomlfile.Table) {
+// readListen takes a list of addresses, each once.
+func readListen(t *tomlfile.Table, dst *[]netip.AddrPort, parse func(string) (netip.AddrPort, error)) {
 	var addrs []string
 	if !t.Strings("listen", &addrs) {
 		return
 	}
-	c.Listen = nil
+	*dst = nil
 	for _, a := range addrs {
-		ap, err := ParseListen(a)
-		if err != nil {
+		ap, err := parse(a)
+		switch {
+		case err != nil:
 			t.Errorf("listen", "%v", err)
-			continue
-		}
-		if slices.Contains(c.Listen, ap) && ap.Port() != 0 {
+		case ap.Port() != 0 && slices.Contains(*dst, ap):
 			t.Errorf("listen", "expected each address once, got %s again", ap)
+		default:
+			*dst = append(*dst, ap)
 		}
-		c.Listen = append(c.Listen, ap)
 	}
 }
 
@@ -208,20 +209,13 @@ func ParseListen(s string) (netip.AddrPort, error) {
 	return ap, nil
 }
 
-// readRelay takes any address of this host, which relays on others reach, but for "all": an operator names the networks.
-func (c *Config) readRelay(t *tomlfile.Table) {
-	var addrs []string
-	t.Strings("listen", &addrs)
-	for _, a := range addrs {
-		ap, err := netip.ParseAddrPort(a)
-		switch {
-		case err != nil || ap.Addr().IsUnspecified() || ap.Addr().IsMulticast() || ap.Port() == 0:
-			t.Errorf("listen", "expected an address of this host and a port, such as \"10.0.0.1:7210\", got %.60q", a)
-		case slices.Contains(c.Relay.Listen, ap):
-			t.Errorf("listen", "expected each address once, got %s again", ap)
-		}
-		c.Relay.Listen = append(c.Relay.Listen, ap)
+// parseRelay takes any address of this host, which relays on others reach, but for "all": an operator names the networks.
+func parseRelay(s string) (netip.AddrPort, error) {
+	ap, err := netip.ParseAddrPort(s)
+	if err != nil || ap.Addr().IsUnspecified() || ap.Addr().IsMulticast() || ap.Port() == 0 {
+		return netip.AddrPort{}, fmt.Errorf("expected an address of this host and a port, such as \"10.0.0.1:7210\", got %.60q", s)
 	}
+	return ap, nil
 }
 
 var realmForm = regexp.MustCompile(`^[0-9a-f]{32}$`)
