@@ -99,6 +99,7 @@ func TestFlagsAreCompleted(t *testing.T) {
 		"init --slot":                  "tpm2\npassphrase\n",
 		"serve --log-level":            "debug\ninfo\nwarn\nerror\n",
 		"serve --log-format":           "text\njson\n",
+		"relay --log-format":           "text\njson\n",
 		"explain --via":                "unix\ntcp\n",
 		"endorsements fetch --product": "Milan\nGenoa\nTurin\n",
 		"audit query --event":          "release\nrefusal\n",

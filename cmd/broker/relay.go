@@ -16,6 +16,7 @@ import (
 )
 
 func newRelayCommand(g *globals) *cobra.Command {
+	var logs logFlags
 	c := &cobra.Command{
 		Use:   "relay HOST:PORT...",
 		Short: "Copy this host's SNP guests' sessions to brokers elsewhere",
@@ -33,9 +34,9 @@ it. It needs CAP_NET_BIND_SERVICE for the port.`,
 					return usageError{fmt.Errorf("expected brokers as HOST:PORT, got %.80q", b)}
 				}
 			}
-			log, err := logger(g, config.Default(), "", "")
+			log, err := logger(g, config.Default(), logs)
 			if err != nil {
-				return err
+				return usageError{err}
 			}
 			r, err := relay.New(relay.Config{
 				Brokers: brokers, Guest: relay.VsockGuest, Log: log,
@@ -55,5 +56,6 @@ it. It needs CAP_NET_BIND_SERVICE for the port.`,
 			return r.Serve(cmd.Context(), l)
 		},
 	}
+	logs.register(c)
 	return c
 }

@@ -20,7 +20,7 @@ import (
 
 func newServeCommand(g *globals) *cobra.Command {
 	var listen, testRoots []string
-	var format, level string
+	var logs logFlags
 	c := &cobra.Command{
 		Use:   "serve",
 		Short: "Run the broker",
@@ -38,7 +38,7 @@ With --state-dir it runs beside the system's own broker, as an ordinary user.`,
 					return usageError{err}
 				}
 			}
-			log, err := logger(g, cfg, format, level)
+			log, err := logger(g, cfg, logs)
 			if err != nil {
 				return usageError{err}
 			}
@@ -60,10 +60,7 @@ With --state-dir it runs beside the system's own broker, as an ordinary user.`,
 	}
 	c.Flags().StringArrayVar(&listen, "listen", nil, "loopback `ADDR:PORT` for services; repeat for more (default 127.0.0.1:7209 and [::1]:7209)")
 	c.Flags().StringArrayVar(&testRoots, "insecure-test-roots", nil, "`LINE=FILE`: trust this chain (PEM) for reports of Milan, Genoa or Turin, in place of AMD's; for tests alone")
-	c.Flags().StringVar(&format, "log-format", "", "text or json (default text)")
-	c.Flags().StringVar(&level, "log-level", "", "debug, info, warn or error (default info)")
-	c.RegisterFlagCompletionFunc("log-format", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
-	c.RegisterFlagCompletionFunc("log-level", cobra.FixedCompletions([]string{"debug", "info", "warn", "error"}, cobra.ShellCompDirectiveNoFileComp))
+	logs.register(c)
 	return c
 }
 
@@ -102,21 +99,31 @@ func parseListen(addresses []string) ([]netip.AddrPort, error) {
 	return all, nil
 }
 
+// logFlags are what a command that runs on is told about its log.
+type logFlags struct{ format, level string }
+
+func (f *logFlags) register(c *cobra.Command) {
+	c.Flags().StringVar(&f.format, "log-format", "", "text or json (default text)")
+	c.Flags().StringVar(&f.level, "log-level", "", "debug, info, warn or error (default info)")
+	c.RegisterFlagCompletionFunc("log-format", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
+	c.RegisterFlagCompletionFunc("log-level", cobra.FixedCompletions([]string{"debug", "info", "warn", "error"}, cobra.ShellCompDirectiveNoFileComp))
+}
+
 // logger writes to stderr; under systemd that is the journal, which adds the time itself.
-func logger(g *globals, cfg *config.Config, format, level string) (*slog.Logger, error) {
+func logger(g *globals, cfg *config.Config, f logFlags) (*slog.Logger, error) {
 	options := &slog.HandlerOptions{Level: cfg.Log.Level}
-	if level != "" {
+	if f.level != "" {
 		var l slog.Level
-		if err := l.UnmarshalText([]byte(level)); err != nil {
-			return nil, fmt.Errorf("--log-level %q: expected debug, info, warn or error", level)
+		if err := l.UnmarshalText([]byte(f.level)); err != nil {
+			return nil, fmt.Errorf("--log-level %q: expected debug, info, warn or error", f.level)
 		}
 		options.Level = l
 	}
 	switch {
-	case format == "json", format == "" && cfg.Log.JSON:
+	case f.format == "json", f.format == "" && cfg.Log.JSON:
 		return slog.New(slog.NewJSONHandler(g.stderr, options)), nil
-	case format != "" && format != "text":
-		return nil, fmt.Errorf("--log-format %q: expected text or json", format)
+	case f.format != "" && f.format != "text":
+		return nil, fmt.Errorf("--log-format %q: expected text or json", f.format)
 	}
 	if os.Getenv("JOURNAL_STREAM") != "" {
 		options.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
