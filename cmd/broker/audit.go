@@ -297,7 +297,7 @@ func (f *queryFlags) checkWords() error {
 
 // tiers and decisions are the words that records have there.
 var (
-	tiers     = []string{"service", inject.TierVM, "container", "snp", "user"} // the last three in refusals alone
+	tiers     = []string{"service", inject.TierVM, inject.TierSNP, "container", "user"} // the last two in refusals alone
 	decisions = []string{audit.Granted, audit.Refused}
 )
 
