@@ -21,7 +21,7 @@ const (
 	lastCall  = 5 * time.Second
 )
 
-// dialHost connects to the broker, or to the relay, on this machine's host.
+// dialHost connects to the relay on this machine's host, and so to a broker elsewhere.
 func dialHost(ctx context.Context) (net.Conn, error) {
 	return vsockconn.Dial(ctx, vsock.Host, inject.Port)
 }
@@ -70,18 +70,22 @@ func (a *agent) unanswered(ctx context.Context, err error, since string) {
 	if ctx.Err() != nil {
 		return
 	}
-	what := "on the host, a broker that serves tier snp, or a relay, must listen there"
-	if errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.ENODEV) {
-		what = "modprobe vmw_vsock_virtio_transport, and <vsock> in the domain"
-	}
-	if errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) {
-		what = "the agent must be root"
-	}
 	select {
 	case a.troubles <- err:
 	case <-ctx.Done():
 	}
-	a.console.sayOnce("dial", "nobody answers, since %s: %v (%s); dialling again", since, err, what)
+	a.console.sayOnce("dial", "nobody answers, since %s: %v (%s); dialling again", since, err, advice(err))
+}
+
+// advice says what to do when the host cannot be dialled.
+func advice(err error) string {
+	switch {
+	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
+		return "the agent must be root"
+	case errors.Is(err, unix.EAFNOSUPPORT), errors.Is(err, unix.ENODEV):
+		return "modprobe vmw_vsock_virtio_transport, and <vsock> in the domain"
+	}
+	return "on the host, `keybroker relay` must listen there"
 }
 
 // calledConn tells when it was closed.

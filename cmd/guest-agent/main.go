@@ -257,14 +257,14 @@ func (a *agent) meetAndRun(ctx context.Context) error {
 	if a.config.Tier == inject.TierSNP {
 		a.platform.look()
 		go a.call(ctx, dialHost)
-		return a.run(ctx)
+	} else {
+		l, err := listenVsock(a.untilDeadline(ctx), a.console)
+		if err != nil {
+			return err
+		}
+		a.console.mark(stepListening)
+		go a.accept(ctx, l, fromHost)
 	}
-	l, err := listenVsock(a.untilDeadline(ctx), a.console)
-	if err != nil {
-		return err
-	}
-	a.console.mark(stepListening)
-	go a.accept(ctx, l, fromHost)
 	return a.run(ctx)
 }
 

@@ -19,14 +19,17 @@ import (
 )
 
 const (
-	reportTime   = 20 * time.Second // within a handshake
-	reportTries  = 5
-	reportSize   = 1184        // octets (SNP ABI, section 7.3)
-	reportDataAt = 0x50        // REPORT_DATA, 64 octets
-	snpProvider  = "sev_guest" // the kernel's driver
-	configfs     = "/sys/kernel/config"
+	reportTime  = 20 * time.Second // within a handshake
+	reportTries = 5
+	snpProvider = "sev_guest" // the kernel's driver
+	configfs    = "/sys/kernel/config"
 
 	configfsMagic = 0x62656570 // statfs(2)
+
+	// A report's size in octets, and where REPORT_DATA is (SNP ABI, section 7.3). attest/snp knows them too, but the agent verifies
+	// no reports, and links nothing that does.
+	reportSize   = 1184
+	reportDataAt = 0x50
 )
 
 // platform gets attestation reports from the kernel, one at a time (configfs-tsm).
