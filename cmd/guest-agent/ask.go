@@ -59,9 +59,10 @@ func (a *agent) fetch(ctx context.Context, session *inject.Session, goals []*goa
 // explain says why there are no keys, and what the agent does now.
 func (a *agent) explain(err error, goals []*goal) {
 	text := err.Error()
-	next := "waiting on"
+	kind, next := "ask ", "waiting on"
 	switch {
 	case refused(err):
+		kind = "refused " // a kind of its own: what keeps the keys away is said even right after a connection's trouble
 		text, next = "refused: "+text, "asking again"
 	case errors.Is(err, inject.ErrNotPinned):
 		next = "waiting on; if the broker's identity has changed, `keybroker identity` on the host prints the pin to configure"
@@ -75,7 +76,7 @@ func (a *agent) explain(err error, goals []*goal) {
 		text = "the broker's answer took too long"
 	}
 	a.last = text
-	a.console.sayOnce("ask "+names(goals), "%s: %s (%s)", names(goals), text, next)
+	a.console.sayOnce(kind+names(goals), "%s: %s (%s)", names(goals), text, next)
 }
 
 // deliver puts keys into their sinks. again: an earlier epoch's key is needed to finish.

@@ -260,6 +260,41 @@ func TestSNPAgentTakesNoAnswerOfTierVM(t *testing.T) {
 	}
 }
 
+// A refusal is said at once, also when it comes right after another trouble: it may be the last word for a minute.
+func TestSNPRefusalRightAfterAnotherTrouble(t *testing.T) {
+	b := newBroker(t, 1)
+	h := &host{broker: b, door: b.door(), dir: t.TempDir()}
+	h.door.Tier = inject.TierVM
+	l, err := net.Listen("unix", filepath.Join(h.dir, "host"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(h.served.Wait)
+	t.Cleanup(func() { l.Close() })
+	h.served.Go(func() {
+		for first := true; ; first = false {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			if first {
+				conn.Read(make([]byte, 1))
+				conn.Close()
+				continue
+			}
+			b.issuer.Serve(t.Context(), conn, h.door)
+		}
+	})
+	g := newGuest(t, b.pin(), fileKey("app", keyPath(t)))
+	g.startSNP(h)
+	waitFor(t, g, "reading the issuer's answer")
+	waitFor(t, g, "refused: wrong-tier")
+	g.stop()
+	if err := g.ended(); !errors.Is(err, errStopped) {
+		t.Error(err)
+	}
+}
+
 // A relay that reaches no broker hangs up. The agent dials on, with pauses, until its deadline.
 func TestSNPDialsOnUntilTheDeadline(t *testing.T) {
 	b := newBroker(t, 1)
