@@ -48,7 +48,7 @@ func TestMain(m *testing.M) {
 	case "bench-floor":
 		floor()
 	case "bench-receive":
-		err = receive(os.Args[2], os.Args[3])
+		err = receive(os.Args[2], os.Args[3], os.Args[4])
 	default:
 		os.Exit(m.Run())
 	}
