@@ -9,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -60,7 +61,7 @@ type Relay struct {
 
 	mu      sync.Mutex
 	brokers []string
-	open    map[string]int // sessions of each guest
+	open    map[string][]*relayed // of each guest, the oldest first
 	all     int
 	rates   map[string]*rate.Limiter
 }
@@ -70,7 +71,7 @@ func New(cfg Config) (*Relay, error) {
 	if len(cfg.Brokers) == 0 {
 		return nil, errors.New("a relay needs at least one broker")
 	}
-	return &Relay{cfg: cfg, brokers: append([]string{}, cfg.Brokers...), open: map[string]int{}, rates: map[string]*rate.Limiter{}}, nil
+	return &Relay{cfg: cfg, brokers: append([]string{}, cfg.Brokers...), open: map[string][]*relayed{}, rates: map[string]*rate.Limiter{}}, nil
 }
 
 // Serve relays what comes in until ctx ends; sessions end with it, and their guests ask again.
@@ -100,15 +101,18 @@ func (r *Relay) Serve(ctx context.Context, l net.Listener) error {
 
 func (r *Relay) serve(ctx context.Context, guest net.Conn) {
 	defer guest.Close()
+	ctx, end := context.WithCancel(ctx)
+	defer end()
+	s := &relayed{end}
 	name, err := r.cfg.Guest(guest.RemoteAddr())
 	if err == nil {
-		err = r.admit(name)
+		err = r.admit(name, s)
 	}
 	if err != nil {
 		r.cfg.Log.Warn("refused", "peer", guest.RemoteAddr().String(), "err", err)
 		return
 	}
-	defer r.leave(name)
+	defer r.leave(name, s)
 	began := time.Now()
 	broker, address, err := r.dial(ctx)
 	if err != nil {
@@ -121,8 +125,12 @@ func (r *Relay) serve(ctx context.Context, guest net.Conn) {
 	r.cfg.Log.Info("relayed", "guest", name, "broker", address, "up", up, "down", down, "after", time.Since(began).Round(time.Millisecond))
 }
 
-// admit counts a session, or says which limit it exceeds.
-func (r *Relay) admit(guest string) error {
+// relayed is a session that is open, and can be ended.
+type relayed struct{ end context.CancelFunc }
+
+// admit counts a session, or says which limit it exceeds. A guest that has too many loses its oldest: the host does not notice that a
+// guest was reset, so they may be of boots that are over.
+func (r *Relay) admit(guest string, s *relayed) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.rates[guest] == nil {
@@ -132,12 +140,14 @@ func (r *Relay) admit(guest string) error {
 	switch {
 	case r.all >= maxSessions:
 		return fmt.Errorf("there are %d sessions already", r.all)
-	case r.open[guest] >= maxPerGuest:
-		return fmt.Errorf("this guest has %d sessions already", r.open[guest])
 	case !r.rates[guest].Allow():
 		return errors.New("this guest begins sessions too often")
 	}
-	r.open[guest]++
+	if open := r.open[guest]; len(open) >= maxPerGuest {
+		open[0].end()
+		r.open[guest] = open[1:]
+	}
+	r.open[guest] = append(r.open[guest], s)
 	r.all++
 	return nil
 }
@@ -145,17 +155,18 @@ func (r *Relay) admit(guest string) error {
 // forget drops the rates of guests that have no session and could begin as many as they like.
 func (r *Relay) forget() {
 	for guest, l := range r.rates {
-		if r.open[guest] == 0 && l.Tokens() >= sessionBurst {
+		if len(r.open[guest]) == 0 && l.Tokens() >= sessionBurst {
 			delete(r.rates, guest)
 		}
 	}
 }
 
-func (r *Relay) leave(guest string) {
+func (r *Relay) leave(guest string, s *relayed) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.all--
-	if r.open[guest]--; r.open[guest] == 0 {
+	r.open[guest] = slices.DeleteFunc(r.open[guest], func(o *relayed) bool { return o == s })
+	if len(r.open[guest]) == 0 {
 		delete(r.open, guest)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -159,7 +160,7 @@ func TestNoBrokerAnswers(t *testing.T) {
 	}
 }
 
-// Who is no guest gets nothing, and one guest does not use up what there is for the others.
+// Who is no guest gets nothing. One guest does not use up what there is for the others: its oldest sessions end.
 func TestLimits(t *testing.T) {
 	hold := make(chan struct{})
 	defer close(hold)
@@ -181,28 +182,36 @@ func TestLimits(t *testing.T) {
 	if got := session(t, relay, "x"); got != "" {
 		t.Errorf("who is no guest got %q", got)
 	}
-	served := func() bool {
+	served := func() net.Conn {
 		c, err := net.Dial("tcp", relay)
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { c.Close() })
 		c.SetDeadline(time.Now().Add(time.Minute))
-		n, _ := c.Read(make([]byte, 1))
-		return n == 1
+		if n, err := c.Read(make([]byte, 1)); n != 1 {
+			t.Errorf("a session is refused: %v", err)
+		}
+		return c
+	}
+	ended := func(c net.Conn) bool {
+		c.SetDeadline(time.Now().Add(time.Minute))
+		_, err := c.Read(make([]byte, 1))
+		return err == io.EOF || errors.Is(err, unix.ECONNRESET)
 	}
 	guest.Store("one")
-	for n := range maxPerGuest {
-		if !served() {
-			t.Errorf("session %d is refused", n+1)
-		}
-	}
-	if served() {
-		t.Error("a guest has as many sessions as it likes")
+	var all []net.Conn
+	for range maxPerGuest + 2 {
+		all = append(all, served())
 	}
 	guest.Store("another")
-	if !served() {
-		t.Error("another guest is refused")
+	served()
+	if !ended(all[0]) || !ended(all[1]) {
+		t.Error("a guest has as many sessions as it likes")
+	}
+	all[2].SetDeadline(time.Now().Add(50 * time.Millisecond))
+	if _, err := all[2].Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("a session that the limit bears has ended: %v", err)
 	}
 }
 
