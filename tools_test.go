@@ -169,7 +169,7 @@ func TestUninstallStopsTheBroker(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	out, err := exec.Command("make", "-n", "uninstall", "DESTDIR=").CombinedOutput()
+	out, err := exec.Command("make", "--no-print-directory", "-n", "uninstall", "DESTDIR=").CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
