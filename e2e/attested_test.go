@@ -183,7 +183,11 @@ func TestAttestedVM(t *testing.T) {
 	if second.Receiver == first.Receiver || second.Evidence == first.Evidence {
 		t.Errorf("a reboot has the receiver or the report of the boot before it: %+v", second)
 	}
+	if out := sh(ctx, t, "keybroker explain attested"); !strings.Contains(out, "allowed by policy.d/attested.toml:1 [[vm]] attested, for a report that passes under [[snp]] lab") {
+		t.Errorf("explain says %s", out)
+	}
 	sh(ctx, t, "keybroker audit verify --identity "+pin(ctx, t))
+	g.outlivesRestart()
 	log := sh(ctx, t, "journalctl -b --no-pager -u keybroker-relay.service")
 	relayed := regexp.MustCompile(`relaying.* broker=`+relayListen+` connected_after=(\S+)`).FindAllStringSubmatch(log, -1)
 	if len(relayed) < 2 {
@@ -192,6 +196,27 @@ func TestAttestedVM(t *testing.T) {
 	for _, r := range relayed {
 		t.Logf("the relay, with a dead broker before the one that lives, connected after %s", r[1])
 	}
+}
+
+// outlivesRestart restarts the broker: a guest that has its disk keeps it, and one that opens it again may come without certificates,
+// since the broker has kept those that came before.
+func (g *attested) outlivesRestart() {
+	g.t.Helper()
+	sh(g.ctx, g.t, "systemctl restart keybroker.service")
+	brokerOpen(g.ctx, g.t)
+	if v := g.shown(); v.Tier != inject.TierSNP || v.Releases != 1 || v.LastRelease.IsZero() {
+		g.t.Errorf("after the broker's restart vm show has %+v", v)
+	}
+	g.expect(g.agentAgain("/none"), "disk: is there already, epoch 1, ")
+	g.marked("attested-was-here")
+	if all := records(g.ctx, g.t, g.UUID, "--event release"); len(all) != 2 {
+		g.t.Errorf("the audit has %d releases, expected those of two boots", len(all))
+	}
+	g.run("killall keybroker-agent; cryptsetup close data; touch /etc/tsm.bare")
+	from := g.agentAgain("/none")
+	g.expect(from, "with 0 octets of certificates")
+	g.expect(from, "ready:")
+	g.marked("attested-was-here")
 }
 
 // connectsSoon holds that the agent did not have to dial for long: the host may still have the connections of the boot before.
