@@ -293,8 +293,8 @@ func TestServeEnds(t *testing.T) {
 		"nothing was said":  {"", 0},
 		"idle":              {"POST /v1/challenge HTTP/1.1\r\nHost: x\r\nContent-Length: 26\r\n\r\n{\"tier\":\"vm\",\"subject\":\"\"}", 0},
 		"waiting for hints": {"GET /v1/events HTTP/1.1\r\nHost: x\r\n\r\n", 0},
-		"half a body":       {"POST /v1/challenge HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{", writeTimeout},
-		"half a header":     {"POST /v1/chal", writeTimeout},
+		"half a body":       {"POST /v1/challenge HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{", 2 * lateTime},
+		"half a header":     {"POST /v1/chal", 2 * lateTime},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -330,6 +330,60 @@ func TestServeEnds(t *testing.T) {
 			if _, err := ours.Read(make([]byte, 1)); err == nil {
 				t.Fatal("the connection is open still")
 			}
+		}
+	})
+}
+
+// What is being decided when a session is to end is still answered, however long that takes within the grace.
+func TestServeEndsAfterADecision(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		i := newIssuer(t, 1)
+		decide := i.door.Decide
+		deciding := make(chan struct{})
+		i.door.Decide = func(ctx context.Context, c *Claim) (*Grant, error) {
+			close(deciding)
+			time.Sleep(writeTimeout / 2)
+			return decide(ctx, c)
+		}
+		theirs, ours := net.Pipe()
+		defer ours.Close()
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- i.Serve(ctx, theirs, i.door) }()
+		go func() {
+			<-deciding
+			cancel()
+		}()
+		s := newReceiver(t, i.Identity).on(t, ours)
+		c, err := s.Challenge(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Release(t.Context(), c, []Want{{Name: "disk"}}); err != nil {
+			t.Errorf("a decision that the end met: %v", err)
+		}
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// An answer that nobody takes holds up the end no longer than a request that nobody finishes.
+func TestServeEndsWithoutAReader(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		i := newIssuer(t, 1)
+		theirs, ours := net.Pipe()
+		defer ours.Close()
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- i.Serve(ctx, theirs, i.door) }()
+		io.WriteString(ours, "POST /v1/challenge HTTP/1.1\r\nHost: x\r\nContent-Length: 26\r\n\r\n{\"tier\":\"vm\",\"subject\":\"\"}")
+		synctest.Wait()
+		began := time.Now()
+		cancel()
+		<-done
+		if took := time.Since(began); took > 2*lateTime+time.Second {
+			t.Errorf("ended after %v", took)
 		}
 	})
 }

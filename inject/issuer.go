@@ -31,6 +31,8 @@ const (
 	decideTimeout = 30 * time.Second
 	idleTimeout   = 90 * time.Second // between requests: a receiver may be formatting a volume before it acknowledges
 	hintTimeout   = 60 * time.Second // how long GET /v1/events waits
+	// lateTime is what a receiver has to finish its request when ctx ends, and again to take its answer.
+	lateTime = time.Second
 )
 
 // Claim is what a receiver asks for, read and checked for form; nothing in it is believed yet.
@@ -83,9 +85,9 @@ type Issuer struct {
 }
 
 // Serve answers one receiver on conn until it is done or ctx ends, and closes conn. Everything from the peer is bounded in
-// size and time. A request that is under way when ctx ends is finished.
+// size and time. A request that has come when ctx ends is answered; one that is still on its way has a second to arrive.
 func (i *Issuer) Serve(ctx context.Context, conn net.Conn, door Door) error {
-	s := &issuerSession{issuer: i, door: door, ending: ctx.Done()}
+	s := &issuerSession{issuer: i, door: door, ending: ctx.Done(), deciding: make(chan struct{}, 1)}
 	closed := make(chan struct{})
 	var asked atomic.Bool // something, ever
 	server := &http.Server{
@@ -110,6 +112,7 @@ func (i *Issuer) Serve(ctx context.Context, conn net.Conn, door Door) error {
 		defer close(shut)
 		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), writeTimeout)
 		defer cancel()
+		go s.giveUp(grace, cancel)
 		if !asked.Load() || server.Shutdown(grace) != nil {
 			server.Close()
 		}
@@ -127,6 +130,28 @@ func (i *Issuer) Serve(ctx context.Context, conn net.Conn, door Door) error {
 	}
 	<-closed
 	return nil
+}
+
+// giveUp ends the grace of a session that its receiver alone keeps open, by a request that it does not finish or an answer that it
+// does not take: a stranger must not hold up the broker's end. What is being decided is waited for.
+func (s *issuerSession) giveUp(grace context.Context, end func()) {
+	pause(grace, lateTime)
+	select {
+	case s.deciding <- struct{}{}:
+		<-s.deciding
+	case <-grace.Done():
+	}
+	pause(grace, lateTime)
+	end()
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
 }
 
 // oneConn is a listener with one connection, which ends when that one does, or when the server is told to.
@@ -169,9 +194,10 @@ func (l *oneConn) Addr() net.Addr { return l.conn.LocalAddr() }
 // issuerSession is the state of one connection: the one outstanding nonce, and the release that waits for its
 // acknowledgement. HTTP/1.1 serves a connection's requests one after the other, so it needs no lock.
 type issuerSession struct {
-	issuer *Issuer
-	door   Door
-	ending <-chan struct{} // no request waits beyond this
+	issuer   *Issuer
+	door     Door
+	ending   <-chan struct{} // no request waits beyond this
+	deciding chan struct{}   // full while a request that has come is looked at
 
 	nonce   []byte // nil: none outstanding
 	nonceAt time.Time
@@ -221,6 +247,8 @@ func (s *issuerSession) unreadable(ctx context.Context, err error) error {
 
 // guarded turns a panic into a refusal: whatever a guest sends, the broker lives on.
 func (s *issuerSession) guarded(ctx context.Context, body []byte, f func(context.Context, []byte) (any, error)) (v any, err error) {
+	s.deciding <- struct{}{}
+	defer func() { <-s.deciding }()
 	defer func() {
 		if p := recover(); p != nil {
 			v, err = nil, s.refuse(ctx, nil, Refusal{Code: CodeInternal, Cause: fmt.Errorf("panic: %v", p)})
