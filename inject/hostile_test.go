@@ -387,3 +387,25 @@ func TestServeEndsWithoutAReader(t *testing.T) {
 		}
 	})
 }
+
+// What a stranger calls his evidence is shown to people: it is a short name, or the request is refused before anything is shown.
+func TestKindIsAName(t *testing.T) {
+	i := newIssuer(t, 1)
+	s := newReceiver(t, i.Identity).on(t, i.connect(t))
+	pk := s.receiver.Key.secret.PublicKey().Bytes()
+	for _, kind := range []string{"", "Kind", "a\nb", strings.Repeat("a", 33)} {
+		c, err := s.Challenge(testContext(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = s.post(testContext(t), "/v1/release", marshal(releaseRequest{
+			Issuer: c.Issuer, Tier: TierVM, Kind: kind, Subject: c.Subject, Nonce: c.Nonce, PK: pk, Want: []Want{{Name: "disk"}},
+		}))
+		if !errors.Is(err, Refusal{Code: CodeMalformed}) {
+			t.Errorf("kind %.40q: %v, expected %s", kind, err, CodeMalformed)
+		}
+	}
+	if len(i.claims) != 0 {
+		t.Errorf("%d requests came as far as a decision", len(i.claims))
+	}
+}

@@ -334,6 +334,8 @@ func (s *issuerSession) claim(r *releaseRequest, nonce []byte, age time.Duration
 		return c, s.wrongTier()
 	case derive.CheckSubject(r.Subject) != nil:
 		return c, Refusal{Code: CodeMalformed, Reason: "release: a subject that is not a UUID in lower case"}
+	case !plainKind.MatchString(r.Kind):
+		return c, Refusal{Code: CodeMalformed, Reason: "release: a kind of evidence that is no name"}
 	case len(r.PK) != receiverSize:
 		return c, Refusal{Code: CodeMalformed, Reason: fmt.Sprintf("release: a public key of %d octets, expected %d", len(r.PK), receiverSize)}
 	}

@@ -138,6 +138,9 @@ func parse(data []byte, v any) error {
 	return errors.New("not strict JSON: repeated names, bad UTF-8 and trailing octets are errors too")
 }
 
+// plainKind is the form of every kind of evidence: logs, the audit and status show what a stranger says here.
+var plainKind = regexp.MustCompile(`^[a-z0-9-]{1,32}$`)
+
 var plainPointer = regexp.MustCompile(`^[a-z0-9_/]+$`)
 
 // shownPointer keeps a JSON pointer for an error only where it consists of the protocol's own plain names.
