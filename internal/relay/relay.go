@@ -23,6 +23,8 @@ const (
 	maxPerGuest  = 4
 	sessionEvery = time.Second // a guest may begin a session this often,
 	sessionBurst = 10          // after so many at once
+	// refusedEvery is how often the log says that a guest is refused, however often it comes.
+	refusedEvery = time.Minute
 	// maxOctets is how much one session may carry each way: a guest that waits for news for a month stays far below it.
 	maxOctets = 64 << 20
 	// idleTime is how long a session may carry nothing: twice what a broker holds a request for news.
@@ -59,11 +61,19 @@ func VsockGuest(a net.Addr) (string, error) {
 type Relay struct {
 	cfg Config
 
+	nobody rate.Sometimes // says who is no guest
+
 	mu      sync.Mutex
 	brokers []string
 	open    map[string][]*relayed // of each guest, the oldest first
 	all     int
-	rates   map[string]*rate.Limiter
+	rates   map[string]*pace
+}
+
+// pace is how often a guest may begin a session, and how often the log says that it may not.
+type pace struct {
+	*rate.Limiter
+	refused rate.Sometimes
 }
 
 // New returns a relay to at least one broker.
@@ -71,7 +81,10 @@ func New(cfg Config) (*Relay, error) {
 	if len(cfg.Brokers) == 0 {
 		return nil, errors.New("a relay needs at least one broker")
 	}
-	return &Relay{cfg: cfg, brokers: append([]string{}, cfg.Brokers...), open: map[string][]*relayed{}, rates: map[string]*rate.Limiter{}}, nil
+	return &Relay{
+		cfg: cfg, brokers: append([]string{}, cfg.Brokers...), open: map[string][]*relayed{}, rates: map[string]*pace{},
+		nobody: rate.Sometimes{Interval: refusedEvery},
+	}, nil
 }
 
 // Serve relays what comes in until ctx ends; sessions end with it, and their guests ask again.
@@ -105,11 +118,14 @@ func (r *Relay) serve(ctx context.Context, guest net.Conn) {
 	defer end()
 	s := &relayed{end}
 	name, err := r.cfg.Guest(guest.RemoteAddr())
+	say := &r.nobody
 	if err == nil {
-		err = r.admit(name, s)
+		say, err = r.admit(name, s)
 	}
 	if err != nil {
-		r.cfg.Log.Warn("refused", "peer", guest.RemoteAddr().String(), "err", err)
+		say.Do(func() {
+			r.cfg.Log.Warn("refused; of others in the next minute nothing is said", "peer", guest.RemoteAddr().String(), "err", err)
+		})
 		return
 	}
 	defer r.leave(name, s)
@@ -121,27 +137,33 @@ func (r *Relay) serve(ctx context.Context, guest net.Conn) {
 	}
 	defer broker.Close()
 	r.cfg.Log.Info("relaying", "guest", name, "broker", address, "connected_after", time.Since(began).Round(time.Millisecond))
-	up, down := exchange(ctx, guest, broker)
+	up, down, hungUp := exchange(ctx, guest, broker)
+	if hungUp {
+		r.demote(address)
+		r.cfg.Log.Warn("a broker hangs up without a word: its realm is locked, or it has too many sessions", "guest", name, "broker", address)
+	}
 	r.cfg.Log.Info("relayed", "guest", name, "broker", address, "up", up, "down", down, "after", time.Since(began).Round(time.Millisecond))
 }
 
 // relayed is a session that is open, and can be ended.
 type relayed struct{ end context.CancelFunc }
 
-// admit counts a session, or says which limit it exceeds. A guest that has too many loses its oldest: the host does not notice that a
-// guest was reset, so they may be of boots that are over.
-func (r *Relay) admit(guest string, s *relayed) error {
+// admit counts a session, or says which limit it exceeds, and how often that is to be said. A guest that has too many loses its
+// oldest: the host does not notice that a guest was reset, so they may be of boots that are over.
+func (r *Relay) admit(guest string, s *relayed) (say *rate.Sometimes, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.rates[guest] == nil {
+	p := r.rates[guest]
+	if p == nil {
 		r.forget()
-		r.rates[guest] = rate.NewLimiter(rate.Every(sessionEvery), sessionBurst)
+		p = &pace{rate.NewLimiter(rate.Every(sessionEvery), sessionBurst), rate.Sometimes{Interval: refusedEvery}}
+		r.rates[guest] = p
 	}
 	switch {
 	case r.all >= maxSessions:
-		return fmt.Errorf("there are %d sessions already", r.all)
-	case !r.rates[guest].Allow():
-		return errors.New("this guest begins sessions too often")
+		return &p.refused, fmt.Errorf("there are %d sessions already", r.all)
+	case !p.Allow():
+		return &p.refused, errors.New("this guest begins sessions too often")
 	}
 	if open := r.open[guest]; len(open) >= maxPerGuest {
 		open[0].end()
@@ -149,7 +171,7 @@ func (r *Relay) admit(guest string, s *relayed) error {
 	}
 	r.open[guest] = append(r.open[guest], s)
 	r.all++
-	return nil
+	return nil, nil
 }
 
 // forget drops the rates of guests that have no session and could begin as many as they like.
@@ -188,6 +210,15 @@ func (r *Relay) prefer(broker string) {
 		}
 	}
 	r.brokers = next
+}
+
+// demote puts a broker last: it takes connections and serves nobody, and another may.
+func (r *Relay) demote(broker string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if n := slices.Index(r.brokers, broker); n >= 0 {
+		r.brokers = append(slices.Delete(r.brokers, n, n+1), broker)
+	}
 }
 
 type dialled struct {
@@ -243,23 +274,29 @@ func closeLate(results <-chan dialled, n int) {
 }
 
 // exchange copies both ways until both sides have ended, either is silent for too long, or ctx ends, and returns how many octets
-// went from a to b and from b to a.
-func exchange(ctx context.Context, a, b net.Conn) (up, down int64) {
+// went from a to b and from b to a, and whether b was the first to end, and said nothing.
+func exchange(ctx context.Context, a, b net.Conn) (up, down int64, hungUp bool) {
 	end := func() { a.Close(); b.Close() }
 	stop := context.AfterFunc(ctx, end)
 	defer stop()
 	idle := time.AfterFunc(idleTime, end)
 	defer idle.Stop()
 	var both sync.WaitGroup
-	both.Go(func() { up = flow(b, a, idle) })
-	both.Go(func() { down = flow(a, b, idle) })
+	first := make(chan net.Conn, 2)
+	both.Go(func() { up = flow(b, a, idle, first) })
+	both.Go(func() {
+		if down = flow(a, b, idle, first); down == 0 {
+			end() // nothing that the guest may say yet would be answered
+		}
+	})
 	both.Wait()
-	return up, down
+	return up, down, <-first == b && down == 0 && ctx.Err() == nil
 }
 
 // flow copies one way, and tells the receiving side of the end. Where it cannot write, the other way has no use either.
-func flow(to, from net.Conn, idle *time.Timer) (n int64) {
+func flow(to, from net.Conn, idle *time.Timer, ended chan<- net.Conn) (n int64) {
 	n, err := io.Copy(watched{to, idle}, io.LimitReader(from, maxOctets))
+	ended <- from
 	half, ok := to.(interface{ CloseWrite() error })
 	if err != nil || n == maxOctets || !ok || half.CloseWrite() != nil {
 		to.Close()

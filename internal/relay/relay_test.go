@@ -61,7 +61,9 @@ func start(t *testing.T, cfg Config) (address string) {
 	if cfg.Dial == nil {
 		cfg.Dial = dialTCP
 	}
-	cfg.Log = slog.New(slog.DiscardHandler)
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
 	r, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -261,5 +263,52 @@ func TestVsockGuest(t *testing.T) {
 	}
 	if name, err := VsockGuest(&vsock.Addr{ContextID: 3, Port: 1023}); name != "CID 3" || err != nil {
 		t.Errorf("%q, %v", name, err)
+	}
+}
+
+// A broker that takes connections and hangs up, as one does whose realm is locked, does not keep guests from the next.
+func TestBrokerThatHangsUp(t *testing.T) {
+	locked := listen(t, func(c net.Conn) { c.Close() })
+	relay := start(t, Config{Brokers: []string{locked, listen(t, says("open:"))}})
+	for range 3 {
+		c, err := net.Dial("tcp", relay)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.SetDeadline(time.Now().Add(time.Minute))
+		n, _ := c.Read(make([]byte, 1))
+		c.Close()
+		if n == 1 {
+			return
+		}
+	}
+	t.Error("the guest asks again and again, and always the same broker")
+}
+
+// lines counts the lines of a log.
+type lines struct{ n atomic.Int32 }
+
+func (l *lines) Write(p []byte) (int, error) { l.n.Add(1); return len(p), nil }
+
+// Guests do not fill the log with what they are refused.
+func TestRefusalsAreSaidOnce(t *testing.T) {
+	said := &lines{}
+	relay := start(t, Config{
+		Brokers: []string{"127.0.0.1:1"}, Log: slog.New(slog.NewTextHandler(said, nil)),
+		Guest: func(net.Addr) (string, error) { return "", errors.New("no guest") },
+	})
+	for range 20 {
+		session(t, relay, "")
+	}
+	if n := said.n.Load(); n != 1 {
+		t.Errorf("20 connections of nobody are %d lines", n)
+	}
+	relay = start(t, Config{Brokers: []string{"127.0.0.1:1"}, Log: slog.New(slog.NewTextHandler(said, nil))})
+	said.n.Store(0)
+	for range 4 * sessionBurst {
+		session(t, relay, "")
+	}
+	if n := said.n.Load(); n > 2*sessionBurst {
+		t.Errorf("%d sessions of one guest are %d lines", 4*sessionBurst, n)
 	}
 }
