@@ -230,13 +230,13 @@ func (s *conns) linger(c net.Conn) {
 // nothing that is worth waiting for is closed at once: how long that takes is up to its caller.
 func (s *conns) finish(ctx context.Context) {
 	s.end()
-	defer s.closeAll()
 	fresh := time.Now().Add(freshTime)
 	tick := time.NewTicker(finishPoll)
 	defer tick.Stop()
 	for s.hangUp(time.Now().After(fresh)) > 0 {
 		select {
 		case <-ctx.Done():
+			s.closeAll()
 			return
 		case <-tick.C:
 		}
