@@ -48,6 +48,8 @@ type attesting struct {
 	stored   *endorsements.Store
 	working  chan struct{} // as many as appraise at once: a flood of bad evidence leaves a processor for others
 	storing  sync.Mutex
+	full     rate.Sometimes // says that there are too many sessions
+	spoiled  rate.Sometimes // says what in the store is of no use
 
 	mu    sync.Mutex
 	open  map[string]int // sessions by address
@@ -66,6 +68,7 @@ func newAttesting(b *Broker, roots []snp.Root) (*attesting, error) {
 	}
 	return &attesting{
 		b: b, verifier: v, stored: e, working: make(chan struct{}, max(1, runtime.NumCPU()-1)), open: map[string]int{}, shown: map[string]VMStatus{},
+		full: rate.Sometimes{Interval: time.Minute}, spoiled: rate.Sometimes{Interval: time.Minute},
 	}, nil
 }
 
@@ -95,7 +98,9 @@ func (a *attesting) session(ctx context.Context, c net.Conn) {
 	defer c.Close()
 	address := hostOf(c.RemoteAddr())
 	if err := a.admit(address); err != nil {
-		a.b.log.Warn("refused a relay's connection", "peer", address, "err", err)
+		a.full.Do(func() {
+			a.b.log.Warn("refused a relay's connection; of others in the next minute nothing is said", "peer", address, "err", err)
+		})
 		return
 	}
 	defer a.leave(address)
@@ -259,10 +264,8 @@ func (d *attestedDecision) appraise(ctx context.Context, entry *policy.VM) error
 	d.verdict = a.verifier.Appraise(snp.Request{
 		Evidence: evidence, Endorsements: a.endorsed(evidence), ReportData: d.c.Transcript[:], Policy: entry.SNP, At: time.Now(),
 	})
-	if d.verdict.All(attest.Genuine()) {
-		go a.keep(context.WithoutCancel(ctx), evidence)
-	}
 	if d.verdict.Pass() {
+		go a.keep(context.WithoutCancel(ctx), evidence)
 		return nil
 	}
 	return inject.Refusal{Code: inject.CodeBadEvidence, Reason: "the evidence is refused: " + strings.Join(failed(d.verdict, 8), ", "), Rule: d.rule,
@@ -276,16 +279,15 @@ func (a *attesting) endorsed(ev attest.Evidence) attest.Endorsements {
 		return attest.Endorsements{} // the verdict says why
 	}
 	found, problems := a.stored.Find(keys...)
-	for _, err := range problems {
-		if !errors.Is(err, fs.ErrNotExist) {
-			a.b.log.Warn("a stored endorsement is not used", "err", err)
-		}
+	problems = slices.DeleteFunc(problems, func(err error) bool { return errors.Is(err, fs.ErrNotExist) })
+	if len(problems) > 0 {
+		a.spoiled.Do(func() { a.b.log.Warn("stored endorsements are not used", "err", errors.Join(problems...)) })
 	}
 	return found
 }
 
-// keep stores the certificates that came with genuine evidence: the guest's next boot may come without. It is no part of a release,
-// and one at a time is enough.
+// keep stores the certificates that came with evidence that policy takes: the guest's next boot may come without. Those of any other
+// machine of AMD's would fill the store, which has an end. It is no part of a release, and one at a time is enough.
 func (a *attesting) keep(ctx context.Context, ev attest.Evidence) {
 	if !a.storing.TryLock() {
 		return
@@ -429,12 +431,22 @@ func (s *attestedSession) refuse(c *inject.Claim, d *attestedDecision, r inject.
 	}
 	record := s.auditRecord(c, d.instance)
 	record.Event, record.Decision, record.Code, record.Rule, record.Reason = audit.EventRefusal, audit.Refused, string(r.Code), d.rule, r.Reason
-	if r.Code == inject.CodeBadEvidence {
+	if d.verdict != nil && r.Code == inject.CodeBadEvidence {
 		record.Reason = told(d.verdict)
-		peer += " " + strings.Join(failed(d.verdict, 8), " ") // what fails for another reason has a record of its own
+		peer += " " + strings.Join(d.why(), " ") // what fails for another reason has a record of its own
 	}
 	s.a.b.refused(inject.TierSNP, peer, record, r.Cause)
 	return r
+}
+
+// why are the failing claims that tell refusals apart. Who makes up a report can let any of its claims fail that he likes, in too
+// many combinations for a record of each: of his the first alone counts.
+func (d *attestedDecision) why() []string {
+	names := failed(d.verdict, 8)
+	if !d.identified() {
+		return names[:min(len(names), 1)]
+	}
+	return names
 }
 
 // told says of the claims that fail what was expected and what came.

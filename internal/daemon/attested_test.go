@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"runtime"
@@ -421,5 +422,77 @@ func TestAttestedInstance(t *testing.T) {
 	}
 	if all := recorded(t, a.Broker, audit.Filter{Event: audit.EventRefusal}); len(all) != 1 || all[0].Instance != "" {
 		t.Errorf("recorded: %+v", all)
+	}
+}
+
+// from is a connection that says where it comes from.
+type from struct {
+	net.Conn
+	address string
+}
+
+func (f from) RemoteAddr() net.Addr { return &net.TCPAddr{IP: net.ParseIP(f.address), Port: 40000} }
+
+// Who has as many sessions as he may have does not fill the journal with those that he gets not.
+func TestSessionsTooManyAreSaidOnce(t *testing.T) {
+	a := newAttestation(t)
+	var log bytes.Buffer
+	a.log = slog.New(slog.NewTextHandler(&log, nil))
+	for range maxAttestedEach {
+		a.attesting.admit("10.0.0.1")
+	}
+	for range 10 {
+		_, theirs := net.Pipe()
+		a.attesting.session(t.Context(), from{theirs, "10.0.0.1"})
+	}
+	if n := strings.Count(log.String(), "\n"); n != 1 {
+		t.Errorf("10 connections too many are %d lines: %s", n, log.String())
+	}
+}
+
+// Certificates of a guest that policy refuses are not kept, however genuine its report is: there are many such machines.
+func TestRefusedEndorsementsAreNotKept(t *testing.T) {
+	a := newAttestation(t)
+	a.guest.Measurement[0]++
+	if _, err := a.ask(t, a.receiver(t), "disk"); !errors.Is(err, inject.Refusal{Code: inject.CodeBadEvidence}) {
+		t.Fatal(err)
+	}
+	a.guest.Measurement[0]--
+	a.guest.ChipID[0]++ // keeping was begun before this was decided
+	_, _ = a.ask(t, a.receiver(t), "disk")
+	a.attesting.storing.Lock()
+	defer a.attesting.storing.Unlock()
+	if entries, err := a.attesting.stored.List(); err != nil || len(entries) != 0 {
+		t.Errorf("%d endorsements are stored: %v", len(entries), err)
+	}
+}
+
+// Made-up reports that fail in ever other claims are one refusal of one peer, and take no record from anybody else.
+func TestMadeUpEvidenceIsFolded(t *testing.T) {
+	a := newAttestation(t)
+	r := a.receiver(t)
+	attest := r.Attest
+	const measurement, hostData, vmpl = 0x90, 0xc0, 0x30
+	for _, spoilt := range [][]int{{measurement}, {hostData}, {vmpl}, {measurement, vmpl}, {hostData, vmpl}} {
+		r.Attest = func(ctx context.Context, data inject.Transcript) ([]byte, error) {
+			report, err := attest(ctx, data)
+			for _, at := range spoilt {
+				report[at] ^= 1
+			}
+			return report, err
+		}
+		if _, err := a.ask(t, r, "disk"); !errors.Is(err, inject.Refusal{Code: inject.CodeBadEvidence}) {
+			t.Fatal(err)
+		}
+	}
+	if all := recorded(t, a.Broker, audit.Filter{Event: audit.EventRefusal}); len(all) != 1 {
+		t.Errorf("%d records, expected one", len(all))
+	}
+	for n := range 2000 { // from everywhere
+		a.refused(inject.TierSNP, fmt.Sprint(n), audit.Record{Event: audit.EventRefusal, Decision: audit.Refused, Code: string(inject.CodeNoPolicy)}, nil)
+	}
+	a.refused("service", "uid 7", audit.Record{Event: audit.EventRefusal, Decision: audit.Refused, Code: "wrong-uid", Tier: "service"}, nil)
+	if all := recorded(t, a.Broker, audit.Filter{Event: audit.EventRefusal, Code: "wrong-uid"}); len(all) != 1 {
+		t.Errorf("strangers of tier snp have taken the record of a service's refusal: %v", all)
 	}
 }

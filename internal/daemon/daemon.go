@@ -66,7 +66,9 @@ type Broker struct {
 	store    *store.Store
 	audit    *audit.Log
 	refusals *audit.Coalescer
-	space    chan struct{} // the audit log has room again
+	// strangers folds the refusals of tier snp, whose peers are as many as a network has: those of this host keep their places.
+	strangers *audit.Coalescer
+	space     chan struct{} // the audit log has room again
 
 	syncAlways bool // a service's key waits until its record is on disk
 	realm      *realm
@@ -205,6 +207,7 @@ func makeStateDir(p config.Paths) error {
 func (b *Broker) close() {
 	b.libvirt.Close()
 	b.refusals.Close()
+	b.strangers.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), closeTime)
 	defer cancel()
 	if err := b.audit.Close(ctx); err != nil {

@@ -35,6 +35,7 @@ func (b *Broker) openAudit(realm string) (err error) {
 	})
 	if err == nil {
 		b.refusals = audit.NewCoalescer(audit.CoalescerConfig{Append: b.audit.Append})
+		b.strangers = audit.NewCoalescer(audit.CoalescerConfig{Append: b.audit.Append})
 	}
 	return err
 }
@@ -123,7 +124,11 @@ func (b *Broker) recordAck(r audit.Record, sinks []string) {
 // refused counts a refusal and records it; repeated ones of one peer are folded into one record.
 func (b *Broker) refused(tier, peer string, r audit.Record, cause error) {
 	b.metrics.refused(tier, inject.Code(r.Code))
-	written, err := b.refusals.Refuse(peer, r)
+	fold := b.refusals
+	if tier == inject.TierSNP {
+		fold = b.strangers
+	}
+	written, err := fold.Refuse(peer, r)
 	if err != nil {
 		b.log.Error("writing the audit", "err", err)
 	}
