@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"runtime/debug"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -140,6 +141,8 @@ func (l *line) unreadable(r *http.Request, err error) int {
 		return http.StatusHTTPVersionNotSupported
 	case err == nil && r.ProtoMinor > 0 && r.Host == "":
 		return http.StatusBadRequest
+	case err == nil && spaced(r.Header):
+		return http.StatusBadRequest
 	case err == nil:
 		return 0
 	case l.head.N <= 0:
@@ -148,6 +151,16 @@ func (l *line) unreadable(r *http.Request, err error) int {
 		return -1
 	}
 	return http.StatusBadRequest
+}
+
+// spaced says whether a header's name has a space, which the parser lets pass and no other header's name equals.
+func spaced(h http.Header) bool {
+	for name := range h {
+		if strings.Contains(name, " ") {
+			return true
+		}
+	}
+	return false
 }
 
 // refuse answers what is no request. The rest of it is read before the connection is closed, else the answer would be lost with it.

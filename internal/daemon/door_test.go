@@ -105,6 +105,7 @@ func TestDoorAnswersInTurn(t *testing.T) {
 		{"HTTP/1.0", "GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n" + get, []int{200}},
 		{"HTTP/2", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", []int{505}},
 		{"no host", get + "GET / HTTP/1.1\r\n\r\n" + get, []int{200, 400}},
+		{"a header that looks like another", "GET / HTTP/1.1\r\nHost: x\r\nOrigin : y\r\n\r\n" + get, []int{400}},
 		{"a body that hides a request", "GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 30\r\n\r\n" + get + get, []int{200}},
 		{"half a request", get + "GET / HT", []int{200, 400}},
 		{"eight KiB and more in all", strings.Repeat(get, 1000), slices.Repeat([]int{200}, 1000)},
