@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"cmp"
+	"container/list"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -54,6 +55,7 @@ type attesting struct {
 	mu    sync.Mutex
 	open  map[string]int // sessions by address
 	all   int
+	new   list.List           // *attestedSession that have shown no genuine evidence, the oldest first
 	shown map[string]VMStatus // by subject, of those that policy has an entry for
 }
 
@@ -97,18 +99,18 @@ func (a *attesting) serve(ctx context.Context, l net.Listener) error {
 func (a *attesting) session(ctx context.Context, c net.Conn) {
 	defer c.Close()
 	address := hostOf(c.RemoteAddr())
-	if err := a.admit(address); err != nil {
+	s := &attestedSession{a: a, conn: c, peer: address, asks: rate.NewLimiter(rate.Every(attestedEvery), attestedBurst)}
+	if err := a.admit(s); err != nil {
 		a.full.Do(func() {
 			a.b.log.Warn("refused a relay's connection; of others in the next minute nothing is said", "peer", address, "err", err)
 		})
 		return
 	}
-	defer a.leave(address)
+	defer a.leave(s)
 	issuer, err := a.b.issuer()
 	if err != nil {
 		return // while the realm is not open nobody is served; the guest asks again
 	}
-	s := &attestedSession{a: a, peer: address, asks: rate.NewLimiter(rate.Every(attestedEvery), attestedBurst)}
 	a.b.metrics.sessions.Inc()
 	defer a.b.metrics.sessions.Dec()
 	if err := issuer.Serve(ctx, c, s.door()); err != nil {
@@ -124,33 +126,80 @@ func hostOf(a net.Addr) string {
 	return host
 }
 
-func (a *attesting) admit(address string) error {
+// admit counts a session, or says which limit it exceeds. When all places are taken, one that has proved nothing gives way: else
+// strangers kept guests out by doing nothing.
+func (a *attesting) admit(s *attestedSession) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	switch {
-	case a.all >= maxAttested:
+	case a.open[s.peer] >= maxAttestedEach:
+		return fmt.Errorf("this address has %d sessions already", a.open[s.peer])
+	case a.all >= maxAttested && !a.giveWay():
 		return fmt.Errorf("there are %d sessions already", a.all)
-	case a.open[address] >= maxAttestedEach:
-		return fmt.Errorf("this address has %d sessions already", a.open[address])
 	}
-	a.open[address]++
+	a.open[s.peer]++
 	a.all++
+	s.counted, s.place = true, a.new.PushBack(s)
 	return nil
 }
 
-func (a *attesting) leave(address string) {
+// giveWay ends a session that has proved nothing, the oldest of the address that has most.
+func (a *attesting) giveWay() bool {
+	var one *attestedSession
+	for e := a.new.Front(); e != nil; e = e.Next() {
+		if s := e.Value.(*attestedSession); one == nil || a.open[s.peer] > a.open[one.peer] {
+			one = s
+		}
+	}
+	if one == nil {
+		return false
+	}
+	a.forget(one)
+	one.conn.Close()
+	return true
+}
+
+func (a *attesting) leave(s *attestedSession) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.all--
-	if a.open[address]--; a.open[address] == 0 {
-		delete(a.open, address)
+	a.forget(s)
+}
+
+// forget takes a session out of the count, once. It is called with mu held.
+func (a *attesting) forget(s *attestedSession) {
+	if !s.counted {
+		return
 	}
+	s.counted = false
+	a.settle(s)
+	a.all--
+	if a.open[s.peer]--; a.open[s.peer] == 0 {
+		delete(a.open, s.peer)
+	}
+}
+
+// settle lets a session keep its place. It is called with mu held.
+func (a *attesting) settle(s *attestedSession) {
+	if s.place != nil {
+		a.new.Remove(s.place)
+		s.place = nil
+	}
+}
+
+// proved notes that a session has shown genuine evidence.
+func (a *attesting) proved(s *attestedSession) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.settle(s)
 }
 
 // attestedSession is one guest's connection.
 type attestedSession struct {
 	a        *attesting
-	peer     string // what brought the connection; it says nothing about the guest
+	conn     net.Conn
+	counted  bool          // with a.mu held
+	place    *list.Element // in a.new, with a.mu held; nil: it is not there
+	peer     string        // what brought the connection; it says nothing about the guest
 	asks     *rate.Limiter
 	handed   handedOut
 	instance string // the REPORT_ID that the last release was for, hexadecimal
@@ -180,6 +229,9 @@ func (s *attestedSession) named(subject string) error {
 func (s *attestedSession) decide(ctx context.Context, c *inject.Claim) (*inject.Grant, error) {
 	d := &attestedDecision{s: s, c: c}
 	g, err := d.run(ctx)
+	if d.identified() {
+		s.a.proved(s)
+	}
 	if err == nil {
 		return g, nil
 	}

@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -341,9 +342,9 @@ func TestAttestedLimits(t *testing.T) {
 		}
 	}
 	for range maxAttestedEach {
-		a.attesting.admit("10.0.0.1")
+		a.attesting.admit(&attestedSession{peer: "10.0.0.1"})
 	}
-	if a.attesting.admit("10.0.0.1") == nil || a.attesting.admit("10.0.0.2") != nil {
+	if a.attesting.admit(&attestedSession{peer: "10.0.0.1"}) == nil || a.attesting.admit(&attestedSession{peer: "10.0.0.2"}) != nil {
 		t.Error("an address has as many sessions as it likes, or takes those of others")
 	}
 }
@@ -439,7 +440,7 @@ func TestSessionsTooManyAreSaidOnce(t *testing.T) {
 	var log bytes.Buffer
 	a.log = slog.New(slog.NewTextHandler(&log, nil))
 	for range maxAttestedEach {
-		a.attesting.admit("10.0.0.1")
+		a.attesting.admit(&attestedSession{peer: "10.0.0.1"})
 	}
 	for range 10 {
 		_, theirs := net.Pipe()
@@ -496,3 +497,49 @@ func TestMadeUpEvidenceIsFolded(t *testing.T) {
 		t.Errorf("strangers of tier snp have taken the record of a service's refusal: %v", all)
 	}
 }
+
+// Strangers who take every place and do nothing do not keep a guest out, and do not take the place of one that has proved itself.
+func TestIdleStrangersGiveWay(t *testing.T) {
+	a := newAttestation(t)
+	first, err := a.receiver(t).Session(a.connect(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := first.Challenge(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := first.Release(t.Context(), c, []inject.Want{{Name: "disk"}}); err != nil {
+		t.Fatal(err)
+	}
+	a.guest.ReportID[0]++
+	var strangers []*closeNoted
+	for n := range 2 * maxAttested {
+		conn := &closeNoted{}
+		if a.attesting.admit(&attestedSession{conn: conn, peer: fmt.Sprint(n % 4)}) == nil {
+			strangers = append(strangers, conn)
+		}
+	}
+	if _, err := a.ask(t, a.receiver(t), "disk"); err != nil {
+		t.Errorf("a guest while strangers hold all places: %v", err)
+	}
+	if _, err := first.Challenge(t.Context()); err != nil {
+		t.Errorf("the session of a guest that has its keys: %v", err)
+	}
+	if !strangers[0].closed.Load() || strangers[len(strangers)-1].closed.Load() {
+		t.Error("it is not the oldest stranger that gives way")
+	}
+	a.attesting.mu.Lock()
+	defer a.attesting.mu.Unlock()
+	if a.attesting.all > maxAttested {
+		t.Errorf("%d sessions", a.attesting.all)
+	}
+}
+
+// closeNoted is a connection that notes its end.
+type closeNoted struct {
+	net.Conn
+	closed atomic.Bool
+}
+
+func (c *closeNoted) Close() error { c.closed.Store(true); return nil }
