@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"crypto/ed25519"
 	"crypto/hpke"
@@ -27,6 +26,7 @@ import (
 	"keybroker/inject"
 	"keybroker/internal/audit"
 	"keybroker/internal/daemon"
+	"keybroker/internal/tuple"
 )
 
 // lie is a request that is refused: the machine is not what the policy wants, or the relay alters what it carries. Each has a subject
@@ -160,7 +160,7 @@ func TestAttestedRefusals(t *testing.T) {
 	for _, l := range all {
 		if l.alter != nil {
 			t.Run(l.name, func(t *testing.T) {
-				inPlaceOfRelay(t, func(guest net.Conn) { altering(t, guest, l.alter) })
+				inPlaceOfRelay(t, func(guest net.Conn) { alteringReleases(t, guest, l.alter) })
 				on(t).refusedFor(l)
 			})
 		}
@@ -228,16 +228,9 @@ func inPlaceOfRelay(t *testing.T, serve func(guest net.Conn)) {
 	})
 }
 
-// altering is a relay that can read, and alters the requests for keys.
-func altering(t *testing.T, guest net.Conn, alter func(*testing.T, string) string) {
-	broker, err := net.Dial("tcp", relayListen)
-	if err != nil {
-		t.Error(err)
-		return
-	}
+// altering is a relay that can read, and alters the requests; where nothing is left of one it hangs up.
+func altering(guest, broker net.Conn, alter func(path, body string) string) {
 	defer broker.Close()
-	stop := context.AfterFunc(t.Context(), func() { broker.Close() })
-	defer stop()
 	requests, answers := bufio.NewReader(guest), bufio.NewReader(broker)
 	for {
 		request, err := http.ReadRequest(requests)
@@ -248,12 +241,11 @@ func altering(t *testing.T, guest net.Conn, alter func(*testing.T, string) strin
 		if err != nil {
 			return
 		}
-		if request.URL.Path == "/v1/release" {
-			if body = []byte(alter(t, string(body))); len(body) == 0 {
-				return
-			}
+		altered := alter(request.URL.Path, string(body))
+		if altered == "" && len(body) > 0 {
+			return
 		}
-		request.Body, request.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
+		request.Body, request.ContentLength = io.NopCloser(strings.NewReader(altered)), int64(len(altered))
 		if request.Write(broker) != nil {
 			return
 		}
@@ -264,25 +256,79 @@ func altering(t *testing.T, guest net.Conn, alter func(*testing.T, string) strin
 	}
 }
 
-// offeredTierVM has the host answer in place of the relay, with a pinned identity and in tier vm: as a broker could that serves both.
+// alteringReleases is such a relay to the broker, which alters the requests for keys alone.
+func alteringReleases(t *testing.T, guest net.Conn, alter func(*testing.T, string) string) {
+	broker, err := net.Dial("tcp", relayListen)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	stop := context.AfterFunc(t.Context(), func() { broker.Close() })
+	defer stop()
+	altering(guest, broker, func(path, body string) string {
+		if path != "/v1/release" {
+			return body
+		}
+		return alter(t, body)
+	})
+}
+
+// offeredTierVM has the host answer in place of the relay, with a pinned identity and in tier vm, as a broker could that serves both:
+// first to what the guest asks, and then to what an altering relay makes of it, so that the answer is sealed to this guest and signed.
 func (g *attested) offeredTierVM(identity ed25519.PublicKey, key ed25519.PrivateKey) {
 	g.t.Helper()
+	answered := make(chan *inject.Claim, 16)
 	issuer := &inject.Issuer{
 		Identity: identity, Log: slog.New(slog.DiscardHandler),
 		Sign: func(_ context.Context, label string, fields ...[]byte) ([]byte, error) {
-			return ed25519.Sign(key, []byte(label)), nil
+			return ed25519.Sign(key, tuple.Encode(append([][]byte{[]byte(label)}, fields...)...)), nil
 		},
 	}
 	door := inject.Door{
-		Tier:    inject.TierVM,
-		Offer:   func(context.Context, string) (string, []string, error) { return g.UUID, nil, nil },
-		Decide:  func(context.Context, *inject.Claim) (*inject.Grant, error) { return &inject.Grant{}, nil },
+		Offer: func(context.Context, string) (string, []string, error) { return g.UUID, nil, nil },
+		Decide: func(_ context.Context, c *inject.Claim) (*inject.Grant, error) {
+			if c.Tier == inject.TierVM {
+				answered <- c
+			}
+			return &inject.Grant{}, nil
+		},
 		Acked:   func(context.Context, *inject.Claim, []inject.Outcome) error { return nil },
 		Refused: func(context.Context, *inject.Claim, inject.Refusal) {},
 	}
-	ctx := g.t.Context()
-	inPlaceOfRelay(g.t, func(guest net.Conn) { issuer.Serve(ctx, guest, door) })
-	g.expect(g.agentAs("stranger"), `refused: wrong-tier: this connection is of tier "vm"`)
+	tierVM, evidence := strings.NewReplacer(`"tier":"snp"`, `"tier":"vm"`, `"kind":"snp-report"`, `"kind":"none"`), regexp.MustCompile(`"evidence":"[^"]*"`)
+	unaltered := func(_, body string) string { return body }
+	for _, c := range []struct {
+		tier  string
+		alter func(path, body string) string
+		says  string
+	}{
+		{inject.TierSNP, unaltered, "the answer does not hold what was asked for"}, // so the signatures are good
+		{inject.TierVM, unaltered, `refused: wrong-tier: this connection is of tier "vm"`},
+		{inject.TierVM, func(_, body string) string { return evidence.ReplaceAllString(tierVM.Replace(body), `"evidence":""`) }, "the answer is not signed by the pinned issuer in this session"},
+	} {
+		g.t.Run("", func(t *testing.T) {
+			g := &attested{&guest{g.Spec, t, g.ctx}, g.machine}
+			ctx := t.Context()
+			door := door
+			door.Tier = c.tier
+			inPlaceOfRelay(t, func(guest net.Conn) {
+				ours, theirs := net.Pipe()
+				stop := context.AfterFunc(ctx, func() { ours.Close() })
+				defer stop()
+				go issuer.Serve(ctx, theirs, door)
+				altering(guest, ours, c.alter)
+			})
+			g.expect(g.agentAs("stranger"), c.says)
+		})
+	}
+	select {
+	case c := <-answered:
+		if c.Tier != inject.TierVM || c.Subject != g.UUID || len(c.Evidence) != 0 {
+			g.t.Errorf("the request was %+v", c)
+		}
+	default:
+		g.t.Error("nothing was answered in tier vm")
+	}
 }
 
 // asPlainVM starts the domain as one of tier vm that asks for the same disk: libvirt is told not to.
