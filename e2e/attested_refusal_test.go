@@ -70,8 +70,11 @@ func lies() []lie {
 
 // replays keeps the first request's report to itself, and puts it in the place of that of each later one.
 func replays() func(*testing.T, string) string {
+	var mu sync.Mutex
 	evidence, recorded := regexp.MustCompile(`"evidence":"[^"]*"`), ""
 	return func(_ *testing.T, body string) string {
+		mu.Lock()
+		defer mu.Unlock()
 		if recorded == "" {
 			recorded = evidence.FindString(body)
 			return ""
@@ -220,10 +223,12 @@ func inPlaceOfRelay(t *testing.T, serve func(guest net.Conn)) {
 			if err != nil {
 				return
 			}
-			stop := context.AfterFunc(t.Context(), func() { conn.Close() })
-			serve(conn)
-			conn.Close()
-			stop()
+			serving.Go(func() { // a guest whose agent has ended may still wait for an answer
+				stop := context.AfterFunc(t.Context(), func() { conn.Close() })
+				defer stop()
+				defer conn.Close()
+				serve(conn)
+			})
 		}
 	})
 }
