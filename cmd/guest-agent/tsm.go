@@ -70,6 +70,9 @@ func (p *platform) attest(ctx context.Context, t inject.Transcript) ([]byte, err
 		}
 		return a.evidence, a.err
 	case <-ctx.Done():
+		if errors.Is(ctx.Err(), context.Canceled) { // the agent was told to end
+			return nil, ctx.Err()
+		}
 		return nil, fmt.Errorf("the platform gave no report in time (%w): the host holds it up (dmesg in this machine may say more)", ctx.Err())
 	}
 }
