@@ -114,24 +114,28 @@ func TestPlainDomainIsLeftAlone(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	hook := func() time.Duration {
-		cmd := exec.CommandContext(ctx, "/etc/libvirt/hooks/qemu.d/keybroker", "plain", "prepare", "begin", "-")
-		cmd.Stdin = strings.NewReader(plain.XML())
-		began := time.Now()
-		if out, err := cmd.CombinedOutput(); err != nil || len(out) > 0 {
-			t.Errorf("the hook for a plain domain: %v %s", err, out)
+	// A hook that waits for the broker warns each time when its second is over. One that does not may still, on a machine that
+	// takes a second to start a process.
+	quiet := func(state string) {
+		t.Helper()
+		var out []byte
+		for range 5 {
+			cmd := exec.CommandContext(ctx, "/etc/libvirt/hooks/qemu.d/keybroker", "plain", "prepare", "begin", "-")
+			cmd.Stdin = strings.NewReader(plain.XML())
+			if out, err = cmd.CombinedOutput(); err != nil {
+				t.Fatalf("the hook for a plain domain, the broker %s: %v %s", state, err, out)
+			}
+			if len(out) == 0 {
+				return
+			}
 		}
-		return time.Since(began)
+		t.Errorf("the hook for a plain domain, the broker %s, says each time: %s", state, out)
 	}
-	running := hook()
+	quiet("running")
 	g := admitted(ctx, t, "hung")
 	t.Cleanup(func() { signalBroker(context.WithoutCancel(ctx), t, "CONT") })
 	signalBroker(ctx, t, "STOP")
-	stopped := hook()
-	t.Logf("hook for a plain domain: %v, with a hung broker %v", running, stopped)
-	if stopped > 2*running+time.Second/2 {
-		t.Errorf("a hung broker slows a plain domain: %v, else %v", stopped, running)
-	}
+	quiet("hung")
 	g.start()
 	signalBroker(ctx, t, "CONT")
 	g.open()
