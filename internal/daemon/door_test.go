@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"keybroker/inject"
 	"keybroker/internal/config"
 )
 
@@ -113,6 +114,32 @@ func TestDoorAnswersInTurn(t *testing.T) {
 		answers, _ := said(t, []byte(c.octets))
 		if got := statuses(t, answers); !slices.Equal(got, c.want) {
 			t.Errorf("%s: %v, expected %v", c.name, got, c.want)
+		}
+	}
+}
+
+// A keyholder that hangs costs its callers their answer, and not the broker their connections.
+func TestHungKeyholder(t *testing.T) {
+	broker, _, path := startBroker(t, impatient)
+	pid := broker.status().Realm.HolderPID
+	if pid == 0 {
+		t.Fatal("there is no keyholder")
+	}
+	stop := func(s unix.Signal) {
+		t.Helper()
+		if err := unix.Kill(pid, s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stop(unix.SIGSTOP)
+	t.Cleanup(func() { unix.Kill(pid, unix.SIGCONT) })
+	if status, code, err := dialRaw(t, path).ask(getting("/v1/keys/db", ours)); status != http.StatusInternalServerError || err != nil {
+		t.Errorf("a keyholder that hangs: %d, %q, %v", status, code, err)
+	}
+	stop(unix.SIGCONT)
+	for status, code, err := 0, inject.Code(""), error(nil); status != http.StatusOK; { // it works off what was asked before
+		if status, code, err = dialRaw(t, path).ask(getting("/v1/keys/db", ours)); err != nil || code != "" && code != inject.CodeInternal {
+			t.Fatalf("afterwards: %d, %q, %v", status, code, err)
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"context"
 	"errors"
 	"net"
 	"net/http"
@@ -30,7 +31,7 @@ import (
 var foreign = []string{"Origin", "Referer", "Via", "Forwarded", "X-Real-Ip"}
 
 const (
-	answerTime = 10 * time.Second // for an answer to be taken: a caller that does not read is not waited for
+	answerTime = 10 * time.Second // for the keyholder to derive, and for an answer to be taken: a caller that does not read is not waited for
 	lookAtDisk = 100 * time.Millisecond
 )
 
@@ -192,7 +193,9 @@ func (s *services) release(r *http.Request, p *peer, name, via string) (key deri
 	if err := s.record(p, name, g); err != nil {
 		return key, 0, err
 	}
-	key, err = g.holder.ServiceKey(r.Context(), g.generation, name, g.epoch, g.length)
+	ctx, cancel := context.WithTimeout(r.Context(), s.patience) // a keyholder that hangs holds nobody for ever
+	defer cancel()
+	key, err = g.holder.ServiceKey(ctx, g.generation, name, g.epoch, g.length)
 	return key, g.epoch, err
 }
 
